@@ -1,0 +1,3 @@
+"""moeconv: convert Mixture-of-Experts checkpoints, file to file."""
+
+__version__ = "0.1.0"

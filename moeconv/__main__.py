@@ -1,0 +1,5 @@
+"""`python -m moeconv`."""
+
+from moeconv.cli import main
+
+main()

@@ -1,0 +1,80 @@
+"""Which inference engine reads which layout of which family: data from `recipes/engines.yaml`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from moeconv.recipe import Recipe
+from moeconv.recipe_file import shipped_folder
+from moeconv.yamldoc import Yaml, nearest, read_yaml
+
+_KEYS = ("engine", "layout", "model_types", "reads", "why")
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Whether an engine reads a result: `reads` is yes, no or unknown; `why` how that is known."""
+
+    engine: str
+    reads: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    engine: str
+    layout: str
+    model_types: frozenset[str]
+    reads: str
+    why: str
+
+
+@cache
+def _entries() -> tuple[tuple[str, ...], tuple[_Entry, ...]]:
+    path = shipped_folder() / "engines.yaml"
+    root = dict((key.text(), value) for key, value in read_yaml(path.read_text(encoding="utf-8"), str(path)).items())
+    engines = tuple(f"{name.text()} {version.text()}" for name, version in root["engines"].items())
+    return engines, tuple(_entry(item) for item in root["entries"].sequence())
+
+
+def _entry(item: Yaml) -> _Entry:
+    values = {}
+    for key, value in item.items():
+        if key.text() not in _KEYS:
+            raise key.error(f"unknown key {key.text()!r}", nearest(key.text(), _KEYS))
+        values[key.text()] = value
+    return _Entry(
+        values["engine"].text(), values["layout"].text(), frozenset(values["model_types"].texts()),
+        values["reads"].text(), values["why"].text(),
+    )  # fmt: skip
+
+
+def entries() -> tuple[_Entry, ...]:
+    """All entries of the table, for the tests that hold them."""
+    return _entries()[1]
+
+
+def model_type_of(config: Mapping[str, Any]) -> str:
+    """`model_type` of config.json, or an empty text."""
+    value = config.get("model_type")
+    return value if isinstance(value, str) else ""
+
+
+def readings(recipe: Recipe, config: Mapping[str, Any], layout: str) -> tuple[Reading, ...]:
+    """What each known engine makes of a family's checkpoint in a layout."""
+    engines, table = _entries()
+    model_type = model_type_of(config)
+    wanted = {layout, recipe.layout(layout)} | {
+        name for name in recipe.aliases if recipe.layout(name) == recipe.layout(layout)
+    }
+    result = []
+    for engine in engines:
+        entry = next(
+            (e for e in table if e.engine == engine.split()[0] and e.layout in wanted and model_type in e.model_types),
+            None,
+        )
+        result.append(Reading(engine, entry.reads, entry.why) if entry else Reading(engine, "unknown", "not tried"))
+    return tuple(result)

@@ -1,0 +1,196 @@
+"""Runs a plan: threads that take tasks in order, one that makes their results durable, and nothing decided here."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeconv.errors import CheckpointError
+from moeconv.files import Files, WriteFile
+from moeconv.manifest import build_manifest
+from moeconv.plan import Plan
+from moeconv.steps import Task
+from moeconv.worker import Sink, Worker
+from moeconv.writer import Writer
+
+#: A run that dies repeats at most what was not journalled: this many bytes or seconds of work, plus the tasks at hand.
+JOURNAL_BYTES = 128 << 20
+JOURNAL_SECONDS = 2.0
+_POLL_SECONDS = 0.2
+
+#: Called now and then from the main thread with bytes done and bytes in all.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run did: `is_new` is False where the destination was finished before."""
+
+    is_new: bool
+    nbytes: int
+    resumed_nbytes: int
+    seconds: float
+
+
+def execute(
+    plan: Plan,
+    destination: Path,
+    command: Sequence[str],
+    *,
+    files: Files | None = None,
+    fsync: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Make `destination` from a plan.
+
+    Args:
+        plan: what to do.
+        destination: folder that will exist in the end; its parent is made if needed.
+        command: command line for the manifest.
+        files: door to the file system.
+        fsync: survive a power loss; without, only the death of the process.
+        overwrite: replace a finished folder of another plan, discard an unfinished one.
+        progress: told how far the run is.
+
+    Raises:
+        OutputError: the destination cannot be written or is something else.
+        CheckpointError: the source cannot be read or changed during the run.
+    """
+    began = time.monotonic()
+    files = files or Files()
+    writer = Writer(plan, destination, files, fsync=fsync, overwrite=overwrite)
+    if writer.is_finished():
+        return Outcome(False, 0, 0, time.monotonic() - began)
+    done = writer.open()
+    try:
+        tasks = [task for task in plan.tasks if task.id not in done]
+        run = _Run(plan, writer, files, tasks, progress)
+        run.work()
+        _check_unchanged(plan, files)
+        writer.finish(build_manifest(plan, command))
+    finally:
+        writer.close()
+    nbytes = sum(task.nbytes for task in tasks)
+    resumed = sum(task.nbytes for task in plan.tasks) - nbytes
+    return Outcome(True, nbytes, resumed, time.monotonic() - began)
+
+
+def _check_unchanged(plan: Plan, files: Files) -> None:
+    for file in plan.source.files:
+        now = files.stat(plan.source.root / file.path)
+        if (now.nbytes, now.mtime_ns) != (file.nbytes, file.mtime_ns):
+            raise CheckpointError(
+                f"{plan.source.root / file.path} changed while it was read",
+                "Nothing was published. Let the source rest, then run again with --overwrite.",
+            )
+
+
+class _Run:
+    def __init__(
+        self, plan: Plan, writer: Writer, files: Files, tasks: Sequence[Task], progress: Progress | None
+    ) -> None:
+        self.plan = plan
+        self.writer = writer
+        self.files = files
+        self.tasks = tasks
+        self.progress = progress
+        self.lock = threading.Lock()
+        self.wake = threading.Condition(self.lock)
+        self.next = 0
+        self.done_nbytes = 0
+        self.pending: list[Task] = []
+        self.pending_nbytes = 0
+        self.failure: BaseException | None = None
+        self.stopped = False
+        self.working = 0
+
+    def work(self) -> None:
+        """Run all tasks; the first failure stops the others and is raised."""
+        total = sum(task.nbytes for task in self.tasks)
+        jobs = min(self.plan.memory.jobs, max(1, len(self.tasks)))
+        self.working = jobs
+        threads = [threading.Thread(target=self._guarded, args=(self._take_tasks,)) for _ in range(jobs)]
+        threads.append(threading.Thread(target=self._guarded, args=(self._journal_tasks,)))
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(_POLL_SECONDS)
+                    if self.progress:
+                        self.progress(self.done_nbytes, total)
+        finally:
+            self._stop()  # an interrupt: the tasks at hand are finished and journalled, no new one begins
+            for thread in threads:
+                thread.join()
+        if self.failure is not None:
+            raise self.failure
+
+    def _stop(self) -> None:
+        with self.lock:
+            self.stopped = True
+            self.wake.notify_all()
+
+    def _guarded(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except BaseException as error:  # carried to the main thread, which raises it
+            with self.lock:
+                self.failure = self.failure or error
+            self._stop()
+
+    def _take_tasks(self) -> None:
+        sources = [self.plan.source.root / file.path for file in self.plan.source.files]
+        worker = Worker(self.files, sources, self.plan.memory.buffer)
+        try:
+            while True:
+                with self.lock:
+                    if self.stopped or self.next >= len(self.tasks):
+                        return
+                    task = self.tasks[self.next]
+                    self.next += 1
+                self._run_task(worker, task)
+        finally:
+            worker.close()
+            with self.lock:
+                self.working -= 1
+                self.wake.notify_all()
+
+    def _run_task(self, worker: Worker, task: Task) -> None:
+        target = self.writer.target(task.steps[0].target_file)
+        try:
+            sink = self._sink(target)
+            for step in task.steps:
+                worker.run(step, sink)
+        finally:
+            target.close()
+        with self.lock:
+            self.pending.append(task)
+            self.pending_nbytes += task.nbytes
+            if self.pending_nbytes >= JOURNAL_BYTES:
+                self.wake.notify_all()
+
+    def _sink(self, target: WriteFile) -> Sink:
+        def write(_: int, offset: int, content: memoryview) -> None:
+            target.write_at(content, offset)
+            self.done_nbytes += len(content)  # only shown: a lost update does no harm
+
+        return write
+
+    def _journal_tasks(self) -> None:
+        while True:
+            with self.lock:
+                self.wake.wait_for(
+                    lambda: self.working == 0 or self.pending_nbytes >= JOURNAL_BYTES, timeout=JOURNAL_SECONDS
+                )
+                batch, self.pending, self.pending_nbytes = self.pending, [], 0
+                is_last = self.working == 0
+            if batch:
+                touched = sorted({step.target_file for task in batch for step in task.steps})
+                self.writer.journal([task.id for task in batch], touched)
+            if is_last:
+                return

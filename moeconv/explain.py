@@ -1,0 +1,197 @@
+"""A plan as people and programs read it: groups of tensors and what becomes of them, sizes, engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeconv.files import Files
+from moeconv.layouts import Unit
+from moeconv.moves import Change
+from moeconv.names import collapse
+from moeconv.ops import Part, parts_of
+from moeconv.plan import Plan
+from moeconv.tensors import Spec
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors of a plan that share a fate.
+
+    Attributes:
+        what: `merged`, `split`, `rearranged`, `renamed`, `kept` (in the wanted layout already) or `copied`.
+        why: one sentence.
+        sources: names, collapsed.
+        targets: names, collapsed.
+        tensors_in: number of source tensors.
+        tensors_out: number of target tensors.
+        nbytes_in: bytes read.
+        nbytes_out: bytes written.
+        example: one target with dtype and shape.
+    """
+
+    what: str
+    why: str
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    tensors_in: int
+    tensors_out: int
+    nbytes_in: int
+    nbytes_out: int
+    example: str
+
+
+def groups_of(plan: Plan) -> list[Group]:
+    """What becomes of every tensor of the source."""
+    groups = [_changed(plan, changes) for changes in _alike(plan.changes)]
+    kept: dict[tuple[str, int], list[Unit]] = {}
+    for unit in plan.kept:
+        kept.setdefault((unit.layout, id(unit.component)), []).append(unit)
+    for (layout, _), units in kept.items():
+        specs = [tensor.spec for unit in units for tensor in unit.tensors()]
+        groups.append(_copied("kept", f"already in the layout {layout}; copied byte for byte", specs))
+    if plan.copied:
+        specs = [tensor.spec for tensor in plan.copied]
+        groups.append(_copied("copied", "no rule of the recipe names them; copied byte for byte", specs))
+    return groups
+
+
+def _alike(changes: Iterable[Change]) -> list[list[Change]]:
+    """Changes of one component from one layout, with the same sizes."""
+    alike: dict[tuple[int, str, tuple[tuple[str, int], ...]], list[Change]] = {}
+    for made in changes:
+        key = (id(made.unit.component), made.unit.layout, tuple(sorted(made.unit.sizes.items())))
+        alike.setdefault(key, []).append(made)
+    return list(alike.values())
+
+
+def _changed(plan: Plan, changes: Sequence[Change]) -> Group:
+    sources = [tensor.spec for made in changes for tensor in made.unit.tensors()]
+    targets = [spec for made in changes for spec in made.targets]
+    first = changes[0]
+    layout = plan.recipe.layout(plan.layout)
+    what = "merged" if len(targets) < len(sources) else "split" if len(targets) > len(sources) else "rearranged"
+    rules = first.unit.component.rules[layout]
+    if what == "rearranged" and all(
+        isinstance(rule.value, Part) for rule in (*rules, *(r for r, _ in first.unit.hits))
+    ):
+        what = "renamed"
+    parts = ", ".join(part for rule in rules for part in parts_of(rule.value) if part in first.unit.part_shapes)
+    return Group(
+        what, f"{first.unit.layout} -> {layout} by recipe {plan.recipe.name}: {parts}",
+        tuple(collapse([spec.name for spec in sources])), tuple(collapse([spec.name for spec in targets])),
+        len(sources), len(targets), sum(spec.nbytes for spec in sources), sum(spec.nbytes for spec in targets),
+        str(targets[0]) if targets else "",
+    )  # fmt: skip
+
+
+def _copied(what: str, why: str, specs: Sequence[Spec]) -> Group:
+    names = tuple(collapse([spec.name for spec in specs]))
+    size = sum(spec.nbytes for spec in specs)
+    return Group(what, why, names, names, len(specs), len(specs), size, size, str(specs[0]))
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """Bytes that a run needs on the destination's disk, and bytes that are free there."""
+
+    needed: int
+    free: int
+
+
+def disk_of(plan: Plan, destination: Path, files: Files | None = None) -> Disk:
+    """Disk space needed and free for a plan."""
+    return Disk(plan.output_nbytes, (files or Files()).free_bytes(destination))
+
+
+def plan_json(plan: Plan, disk: Disk) -> dict[str, Any]:
+    """The plan as JSON; keys are only ever added while `schema_version` stays."""
+    memory = plan.memory
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "source": str(plan.source.root),
+        "model_type": plan.source.config.get("model_type"),
+        "recipe": plan.recipe.name,
+        "layout": plan.layout,
+        "fingerprint": plan.fingerprint,
+        "groups": [
+            {
+                "what": group.what, "why": group.why, "from": list(group.sources), "to": list(group.targets),
+                "tensors_in": group.tensors_in, "tensors_out": group.tensors_out,
+                "bytes_in": group.nbytes_in, "bytes_out": group.nbytes_out, "example": group.example,
+            }
+            for group in groups_of(plan)
+        ],
+        "bytes_in": plan.source.nbytes,
+        "bytes_out": sum(spec.nbytes for file in plan.files for spec in file.specs),
+        "files": [{"path": file.path, "bytes": file.nbytes, "tensors": len(file.specs)} for file in plan.files],
+        "sidecars": [{"path": file.path, "bytes": file.nbytes} for file in plan.source.sidecars],
+        "left_out": [{"path": f.path, "bytes": f.nbytes, "why": f.why} for f in plan.source.left_out],
+        "tasks": len(plan.tasks),
+        "peak_memory_bytes": memory.peak,
+        "memory": {
+            "baseline_bytes": memory.baseline, "names_bytes": memory.names,
+            "jobs": memory.jobs, "buffer_bytes": memory.buffer,
+        },
+        "disk": {"needed_bytes": disk.needed, "free_bytes": disk.free},
+        "engines": [{"engine": r.engine, "reads": r.reads, "why": r.why} for r in plan.readings],
+        "warnings": list(plan.warnings) + disk_warnings(disk),
+    }  # fmt: skip
+
+
+def disk_warnings(disk: Disk) -> list[str]:
+    """What to say about the disk."""
+    if disk.free >= disk.needed:
+        return []
+    return [f"the destination's disk has {size(disk.free)} free and {size(disk.needed)} are needed: a run would refuse"]
+
+
+def plan_text(plan: Plan, disk: Disk) -> str:
+    """The plan for a terminal."""
+    source = plan.source
+    lines = [
+        f"{source.root}  ({source.config.get('model_type', 'no model_type')}, recipe {plan.recipe.name})  ->  {plan.layout}",
+        "",
+    ]
+    for group in groups_of(plan):
+        lines.append(
+            f"  {group.what:<10} {group.tensors_in:>7,} -> {group.tensors_out:>7,} tensors  {size(group.nbytes_out):>9}   {group.why}"
+        )
+        if group.what not in ("copied", "kept"):
+            lines += _some(group.sources, "             from ")
+            lines += _some(group.targets, "             to   ")
+            lines.append(f"             e.g. {group.example}")
+    written = sum(spec.nbytes for file in plan.files for spec in file.specs)
+    lines += [
+        "",
+        f"  weights    {size(source.nbytes)} in {len(source.files)} files -> {size(written)} in {len(plan.files)} files",
+        f"  other      {len(source.sidecars)} files carried over",
+        f"  memory     {size(plan.memory.peak)} at most, {plan.memory.jobs} jobs",
+        f"  disk       {size(disk.needed)} needed, {size(disk.free)} free",
+    ]
+    lines += [
+        f"  {'engines' if not i else '':<10} {r.engine}: {r.reads} ({r.why})" for i, r in enumerate(plan.readings)
+    ]
+    lines += [f"  warning    {warning}" for warning in (*plan.warnings, *disk_warnings(disk))]
+    return "\n".join(lines)
+
+
+def _some(names: Sequence[str], head: str, most: int = 6) -> list[str]:
+    lines = [f"{head}{name}" for name in names[:most]]
+    if len(names) > most:
+        lines.append(f"{head}... and {len(names) - most} more patterns (all in --json)")
+    return lines
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people: 1.23 GB (powers of 1000, as disks are sold)."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 999.5 or unit == "TB":
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.3g} {unit}"
+        value /= 1000
+    raise AssertionError

@@ -1,0 +1,167 @@
+"""The safetensors header, read with bounds and written with alignment.
+
+A file is 8 bytes (length N of the header, little endian), N bytes of JSON, then the tensors' bytes:
+
+    {"__metadata__": {...}, "NAME": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, ...}
+
+The reader here trusts nothing: a file may lie about any of it, and JSON with a repeated key is read by
+most parsers without a word (the last one wins). What it accepts, the safetensors library accepts.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+from moeconv.errors import Problem
+from moeconv.tensors import DTYPE_BITS, Spec
+
+#: The safetensors library refuses longer headers too (safetensors 0.8, MAX_HEADER_SIZE).
+MAX_HEADER_BYTES = 100_000_000
+#: Data starts at a multiple of this: with page-aligned targets the kernel copies whole pages.
+DATA_ALIGNMENT = 4096
+_DAMAGED = "The file is damaged or no safetensors file: download or write it again."
+
+
+class HeaderError(ValueError):
+    """A header that cannot be trusted; the text says why, without the file's name."""
+
+
+class _RepeatedKey(ValueError):
+    pass
+
+
+def read_json(text: bytes) -> Any:
+    """Parse JSON that must not repeat a key.
+
+    Raises:
+        HeaderError: not JSON, nested too deeply, or with a repeated key.
+    """
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except _RepeatedKey as error:
+        raise HeaderError(f"the key {str(error)!r} stands there twice") from None
+    except UnicodeDecodeError:
+        raise HeaderError("not UTF-8 text") from None
+    except RecursionError:
+        raise HeaderError("JSON nested too deeply") from None
+    except ValueError as error:
+        raise HeaderError(f"not JSON: {error}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _RepeatedKey(key[:200])
+            seen.add(key)
+    return result
+
+
+def header_length(first8: bytes, file_nbytes: int) -> int:
+    """Length of the JSON, checked against the file's size.
+
+    Raises:
+        HeaderError: impossible length.
+    """
+    (length,) = struct.unpack("<Q", first8)
+    if length > MAX_HEADER_BYTES:
+        raise HeaderError(f"the header claims {length:,} bytes; at most {MAX_HEADER_BYTES:,} are allowed")
+    if length > file_nbytes - 8:
+        raise HeaderError(f"the header claims {length:,} bytes; the file has {file_nbytes:,}")
+    return int(length)
+
+
+def parse_header(text: bytes, data_nbytes: int) -> tuple[dict[str, str], list[tuple[Spec, int]]]:
+    """Metadata, and each tensor with the offset of its bytes in the data part.
+
+    Args:
+        text: the JSON.
+        data_nbytes: bytes behind it in the file.
+
+    Raises:
+        HeaderError: naming the first tensor that is wrong.
+    """
+    if not text.startswith(b"{"):
+        raise HeaderError("the header does not begin with {")
+    parsed = read_json(text)
+    metadata = parsed.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise HeaderError("__metadata__ is not a mapping of text to text")
+    placed: list[tuple[int, int, Spec]] = []
+    for name, entry in parsed.items():
+        placed.append(_entry(name, entry))
+    placed.sort(key=lambda item: item[:2])
+    at = 0
+    for begin, end, spec in placed:
+        if begin != at:
+            what = "overlaps the tensor before it" if begin < at else f"leaves a hole of {begin - at:,} bytes before it"
+            raise HeaderError(f"{spec.name!r} at data offset {begin:,} {what}")
+        at = end
+    if at != data_nbytes:
+        what = "the file is truncated" if at > data_nbytes else "bytes follow that belong to no tensor"
+        raise HeaderError(f"the tensors take {at:,} bytes and the file holds {data_nbytes:,}: {what}")
+    return metadata, [(spec, begin) for begin, _, spec in placed]
+
+
+def _entry(name: str, entry: Any) -> tuple[int, int, Spec]:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise HeaderError(f"{name[:200]!r} does not have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise HeaderError(f"{name[:200]!r} has the unknown dtype {str(dtype)[:50]!r}; known: {', '.join(DTYPE_BITS)}")
+    if not _are_sizes(shape):
+        raise HeaderError(f"{name[:200]!r} has the shape {str(shape)[:100]}; sizes are whole numbers from 0 to 2^63")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
+        raise HeaderError(f"{name[:200]!r} has the data_offsets {str(offsets)[:100]}")
+    bits = prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8 or bits >> 66:
+        raise HeaderError(f"{name[:200]!r} {dtype} {shape} has no possible size in bytes")
+    if offsets[1] - offsets[0] != bits // 8:
+        raise HeaderError(
+            f"{name[:200]!r} {dtype} {shape} needs {bits // 8:,} bytes; data_offsets give {offsets[1] - offsets[0]:,}"
+        )
+    if not name or not name.isprintable():
+        raise HeaderError(f"the tensor name {name[:200]!r} has control characters")
+    return offsets[0], offsets[1], Spec(name, dtype, tuple(shape))
+
+
+def _are_sizes(values: Any) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) <= 32
+        and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+    )
+
+
+def header_problem(path: str, error: HeaderError) -> Problem:
+    """The problem to show for a file with a bad header."""
+    return Problem(f"{path}: {error}", _DAMAGED)
+
+
+def build_header(specs: Iterable[Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The head of a file that holds `specs` in this order, and each tensor's offset in the file.
+
+    The JSON is padded with spaces so that data starts at a multiple of `DATA_ALIGNMENT`.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    starts: dict[str, int] = {}
+    for spec in specs:
+        entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]}
+        starts[spec.name] = at
+        at += spec.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
+    head = struct.pack("<Q", len(text)) + text
+    return head, {name: len(head) + start for name, start in starts.items()}
+
+
+def in_file_order(specs: Sequence[Spec]) -> list[Spec]:
+    """Specs as they must follow each other in a file: wider dtypes first, so that every tensor is aligned."""
+    return sorted(specs, key=lambda spec: -DTYPE_BITS[spec.dtype])

@@ -1,0 +1,364 @@
+"""Which tensors of a checkpoint are the experts that a recipe describes, and in which layout each block holds them.
+
+Layout belongs to the checkpoint, even to each layer: the main layers of a release may be packed and its
+MTP layer not. So it is found from headers, block by block, and every claim of the recipe is checked on
+the way: ids, shapes, dtypes, sizes against config.json. What does not fit is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from moeconv.checkpoint import Checkpoint, StoredTensor
+from moeconv.dims import Dim
+from moeconv.errors import Problem
+from moeconv.names import natural_key, ranges, template_of
+from moeconv.ops import parts_of
+from moeconv.recipe import LAYOUTS, Component, Recipe, Rule
+from moeconv.tensors import Shape
+
+Hits = dict[int, StoredTensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One component of a recipe found in one block (layer) of a checkpoint.
+
+    Attributes:
+        component: what was found.
+        block: where, such as `model.layers.3`.
+        layout: how it is stored there.
+        sizes: value of every symbol.
+        part_shapes: shape of each part that is there.
+        hits: for each rule of the layout, the tensors by expert id as named in the file (0 without an id).
+    """
+
+    component: Component
+    block: str
+    layout: str
+    sizes: Mapping[str, int]
+    part_shapes: Mapping[str, Shape]
+    hits: tuple[tuple[Rule, Hits], ...]
+
+    def tensors(self) -> list[StoredTensor]:
+        """All tensors of the unit."""
+        return [tensor for _, hits in self.hits for tensor in hits.values()]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Units of a checkpoint, the tensors that belong to none, and what is wrong."""
+
+    units: tuple[Unit, ...]
+    rest: tuple[StoredTensor, ...]
+    problems: tuple[Problem, ...]
+
+
+def config_sizes(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, frozenset[int]]:
+    """For each symbol, the sizes that config.json allows: values of the first key that exists, in every scope.
+
+    A list (one value a layer or a modality) allows each of its values. Symbols without a key are absent.
+    """
+    allowed: dict[str, frozenset[int]] = {}
+    for symbol, keys in recipe.dims.items():
+        values: set[int] = set()
+        for scope in recipe.scopes:
+            for key in keys:
+                value = checkpoint.config_values(scope, key)
+                numbers = [v for v in (value if isinstance(value, list) else [value]) if type(v) is int and v > 0]
+                if numbers:
+                    values.update(numbers)
+                    break
+        if values:
+            allowed[symbol] = frozenset(values)
+    return allowed
+
+
+def find_units(checkpoint: Checkpoint, recipe: Recipe, forced: str | None = None) -> Found:
+    """Find every unit of a recipe.
+
+    Args:
+        checkpoint: where to look.
+        recipe: what to look for.
+        forced: the layout that the user says the source is in, for names and shapes that fit several.
+    """
+    search = _Search(checkpoint, recipe, recipe.layout(forced) if forced else None)
+    candidates = search.candidates()
+    for (number, block), by_layout in candidates.items():
+        search.decide(recipe.components[number], block, by_layout)
+    used = {tensor.spec.name for unit in search.units for tensor in unit.tensors()}
+    rest = [tensor for name, tensor in checkpoint.tensors.items() if name not in used]
+    if not search.problems:
+        search.problems += _unknown_experts(rest, recipe)
+    return Found(tuple(search.units), tuple(rest), tuple(search.problems))
+
+
+_Candidates = dict[tuple[int, str], dict[str, dict[int, Hits]]]
+
+
+class _Search:
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, forced: str | None) -> None:
+        self.checkpoint = checkpoint
+        self.recipe = recipe
+        self.forced = forced
+        self.allowed = config_sizes(checkpoint, recipe)
+        self.units: list[Unit] = []
+        self.problems: list[Problem] = []
+
+    def candidates(self) -> _Candidates:
+        """Tensors that match by name: (component number, block) -> layout -> rule number -> id -> tensor."""
+        templates: dict[str, list[str]] = {}
+        for name in self.checkpoint.tensors:
+            templates.setdefault(template_of(name)[0], []).append(name)
+        found: _Candidates = {}
+        for number, component in enumerate(self.recipe.components):
+            for layout, rules in component.rules.items():
+                for rule_number, rule in enumerate(rules):
+                    end = rule.pattern.template_end
+                    for template, names in templates.items():
+                        if not template.endswith(end):
+                            continue
+                        for name in names:
+                            match = rule.pattern.match(name)
+                            if match:
+                                by_layout = found.setdefault((number, match[0]), {})
+                                hits = by_layout.setdefault(layout, {}).setdefault(rule_number, {})
+                                hits[match[1]] = self.checkpoint.tensors[name]
+        return dict(sorted(found.items(), key=lambda item: (item[0][0], natural_key(item[0][1]))))
+
+    def decide(self, component: Component, block: str, by_layout: dict[str, dict[int, Hits]]) -> None:
+        """Add the unit of this block, or what is wrong with it."""
+        trials = {
+            layout: _Trial(self, component, block, layout, hits)
+            for layout, hits in sorted(by_layout.items(), key=lambda item: LAYOUTS.index(item[0]))
+        }
+        if self.forced in trials:
+            trials = {self.forced: trials[self.forced]}
+        for trial in trials.values():
+            trial.run()
+        trials = {layout: trial for layout, trial in trials.items() if trial.names}
+        if not trials:
+            return  # every id belongs to another component with the same names
+        fits = [trial for trial in trials.values() if not trial.problems]
+        best = max(trials.values(), key=lambda trial: (not trial.problems, trial.share, -len(trial.problems)))
+        others = [trial for trial in trials.values() if trial is not best and trial.names - best.names]
+        if others and (best.share == 1 or len(fits) > 1):
+            self._both_layouts(block, best, others)
+        elif len(fits) > 1:
+            names = " or ".join(trial.layout for trial in fits)
+            self.problems.append(
+                Problem(
+                    f"{block}: shapes fit the layouts {names} of recipe {self.recipe.name} alike",
+                    f"Say which one it is with --layout {'|'.join(trial.layout for trial in fits)}.",
+                )
+            )
+        elif fits:
+            self.units.append(fits[0].unit())
+        else:
+            self.problems += best.problems
+
+    def _both_layouts(self, block: str, best: _Trial, others: Sequence[_Trial]) -> None:
+        example = sorted(others[0].names - best.names, key=natural_key)[0]
+        self.problems.append(
+            Problem(
+                f"{block} holds experts in the layout {best.layout} and also {example} of layout {others[0].layout}",
+                "Remove the copies that do not belong to the model: nothing says which of the two is right.",
+            )
+        )
+
+
+class _Trial:
+    """Whether one block's tensors are what one layout claims."""
+
+    def __init__(self, search: _Search, component: Component, block: str, layout: str, hits: dict[int, Hits]) -> None:
+        self.search = search
+        self.component = component
+        self.block = block
+        self.layout = layout
+        self.rules = component.rules[layout]
+        self.hits = hits
+        self.sizes: dict[str, int] = {}
+        self.problems: list[Problem] = []
+
+    @property
+    def names(self) -> set[str]:
+        return {tensor.spec.name for hits in self.hits.values() for tensor in hits.values()}
+
+    @property
+    def share(self) -> float:
+        """Share of the layout's required rules that some tensor matches."""
+        required = [number for number in range(len(self.rules)) if not self._is_optional(number)]
+        return sum(number in self.hits for number in required) / max(1, len(required))
+
+    def _is_optional(self, number: int) -> bool:
+        return set(parts_of(self.rules[number].value)) <= self.search.recipe.optional
+
+    def run(self) -> None:
+        self._bind_from_shapes()
+        self._bind_from_config()
+        self._bind_from_ids()
+        self._check_config()
+        self._check_ids()
+        self._check_tensors()
+
+    def unit(self) -> Unit:
+        recipe = self.search.recipe
+        hits = tuple((rule, self.hits[number]) for number, rule in enumerate(self.rules) if number in self.hits)
+        shapes: dict[str, Shape] = {}
+        for rule, _ in hits:
+            for part in parts_of(rule.value):
+                sizes = [dim.value(self.sizes) for dim in recipe.part_claims[part]]
+                shapes[part] = tuple(size for size in sizes if size is not None)
+        return Unit(self.component, self.block, self.layout, self.sizes, shapes, hits)
+
+    def _bind_from_shapes(self) -> None:
+        claims = [(self.rules[number].claim, _usual_shape(hits)) for number, hits in self.hits.items()]
+        pending = [
+            (dim, size)
+            for claim, shape in claims
+            if len(claim) == len(shape)
+            for dim, size in zip(claim, shape, strict=True)
+        ]
+        while pending:
+            rest: list[tuple[Dim, int]] = []
+            for dim, size in sorted(pending, key=lambda item: item[0].op != "symbol"):
+                solved = dim.solve(size, self.sizes)
+                if solved:
+                    self.sizes[solved[0]] = solved[1]
+                elif dim.value(self.sizes) is None:
+                    rest.append((dim, size))
+            if len(rest) == len(pending):
+                return
+            pending = rest
+
+    def _bind_from_config(self) -> None:
+        for symbol, allowed in self.search.allowed.items():
+            if symbol not in self.sizes and len(allowed) == 1:
+                self.sizes[symbol] = next(iter(allowed))
+        self._bind_from_shapes()  # folded shapes such as [E*I, H] now have one unknown less
+
+    def _bind_from_ids(self) -> None:
+        for number, hits in self.hits.items():
+            ids = self.rules[number].pattern.ids
+            if ids is None:
+                continue
+            solved = ids.stop.solve(max(hits) + 1, self.sizes)
+            if solved:
+                self.sizes[solved[0]] = max(solved[1], self.sizes.get(solved[0], 0))
+
+    def _problem(self, message: str, remedy: str) -> None:
+        self.problems.append(Problem(f"{self.block}: {message}", remedy))
+
+    def _check_config(self) -> None:
+        used = {symbol for number in self.hits for dim in self.rules[number].claim for symbol in dim.symbols()}
+        used |= {s for number in self.hits if (ids := self.rules[number].pattern.ids) for s in ids.stop.symbols()}
+        for symbol in sorted(used):
+            allowed = self.search.allowed.get(symbol)
+            size = self.sizes.get(symbol)
+            keys = ", ".join(self.search.recipe.dims.get(symbol, ())) or "no key"
+            if size is None:
+                self._problem(
+                    f"the size {symbol} is unknown: neither shapes nor config.json ({keys}) give it",
+                    "Restore config.json, or name its key under dims: in a recipe of your own.",
+                )
+            elif allowed and size not in allowed:
+                self._problem(
+                    f"{symbol} is {size:,} in the files and {' or '.join(f'{v:,}' for v in sorted(allowed))} in config.json ({keys})",
+                    "Files and config.json belong to different models, or an axis is exchanged: check the source.",
+                )
+
+    def _check_ids(self) -> None:
+        """Every rule must have the same full range of expert ids, and optional parts all or nothing."""
+        for number, rule in enumerate(self.rules):
+            hits = self.hits.get(number)
+            ids = rule.pattern.ids
+            if hits is None:
+                if not self._is_optional(number):
+                    self._problem(
+                        f"{rule.pattern.fill('…', 0) if ids is None else _shown(rule)} is missing",
+                        "Download the shard that should hold it again, or check that the recipe is the right one.",
+                    )
+                continue
+            if ids is None:
+                continue
+            start, stop = ids.start.value(self.sizes), ids.stop.value(self.sizes)
+            if start is None or stop is None:
+                continue
+            if self._shares_names(rule):
+                self.hits[number] = hits = {id_: tensor for id_, tensor in hits.items() if start <= id_ < stop}
+            if not hits:
+                del self.hits[number]
+                continue
+            missing, extra = (
+                sorted(set(range(start, stop)) - hits.keys()),
+                sorted(hits.keys() - set(range(start, stop))),
+            )
+            if missing:
+                self._problem(
+                    f"{_shown(rule)} has {len(hits)} of {stop - start} experts; missing: {ranges(missing)}"
+                    + (f"; beyond the last: {ranges(extra)}" if extra else ""),
+                    "Download the shards that should hold them again; experts are never renumbered.",
+                )
+            elif extra:
+                self._problem(
+                    f"{_shown(rule)} has the experts {ranges(extra)} beyond the last, {stop - 1}",
+                    "Check the number of experts in config.json against the files.",
+                )
+
+    def _shares_names(self, rule: Rule) -> bool:
+        """Another component counts its experts in the same names, from another id on."""
+        return any(
+            other.pattern.ids is not None
+            and (other.pattern.before, other.pattern.after) == (rule.pattern.before, rule.pattern.after)
+            for component in self.search.recipe.components
+            if component is not self.component
+            for other in component.rules.get(self.layout, ())
+        )
+
+    def _check_tensors(self) -> None:
+        for number, hits in self.hits.items():
+            rule = self.rules[number]
+            claimed = tuple(dim.value(self.sizes) for dim in rule.claim)
+            claim = f"[{', '.join(map(str, rule.claim))}] = {[size if size is not None else '?' for size in claimed]}"
+            odd = [tensor.spec for tensor in hits.values() if tensor.spec.shape != claimed]
+            if odd and None not in claimed:
+                more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
+                self._problem(
+                    f"{odd[0].name} has the shape {list(odd[0].shape)}{more}; recipe {self.search.recipe.name} claims {claim}",
+                    "The tensor is damaged or stored with exchanged axes; restore it, or give the right --recipe.",
+                )
+            dtypes = Counter(tensor.spec.dtype for tensor in hits.values())
+            if len(dtypes) > 1:
+                usual, rare = dtypes.most_common()[0][0], dtypes.most_common()[-1][0]
+                name = next(tensor.spec.name for tensor in hits.values() if tensor.spec.dtype == rare)
+                self._problem(
+                    f"{name} is {rare}; the others of its stack are {usual}",
+                    "One tensor has one dtype: restore the source, or convert that expert first.",
+                )
+
+
+def _shown(rule: Rule) -> str:
+    return f"{rule.pattern.before}{{expert}}{rule.pattern.after}"
+
+
+def _usual_shape(hits: Hits) -> Shape:
+    return Counter(tensor.spec.shape for tensor in hits.values()).most_common(1)[0][0]
+
+
+def _unknown_experts(rest: Sequence[StoredTensor], recipe: Recipe) -> list[Problem]:
+    """Tensors that look like experts and match no rule: copying them as they are would be wrong silently."""
+    odd: dict[str, list[StoredTensor]] = {}
+    for tensor in rest:
+        template = template_of(tensor.spec.name)[0]
+        if ".experts.{}." in template or (".experts." in template and len(tensor.spec.shape) > 2):
+            odd.setdefault(template, []).append(tensor)
+    return [
+        Problem(
+            f"{tensors[0].spec} looks like an expert's ({len(tensors):,} tensors of that kind); "
+            f"recipe {recipe.name} does not say where it goes",
+            "Give a --recipe that covers it (`moeconv recipes list`), or write one: moeconv does not guess.",
+        )
+        for tensors in odd.values()
+    ]

@@ -1,0 +1,173 @@
+"""From a layout to a layout: which piece of which source tensor becomes which piece of which target tensor.
+
+Nothing here knows files. A `Fill` is one block of one target tensor (one expert's, or a whole tensor) and
+the moves that fill it; every element of every target is written by exactly one fill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from moeconv.checkpoint import StoredTensor
+from moeconv.errors import Problem
+from moeconv.layouts import Hits, Unit
+from moeconv.ops import ShapeError, parts_of, place
+from moeconv.recipe import Recipe, Rule, stored_shape
+from moeconv.tensors import Shape, Spec, View
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One part: seen as `source_view` in the source block at element `source_at`, goes to `target_view`."""
+
+    source: StoredTensor
+    source_at: int
+    source_view: View
+    target_view: View
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """A block of the target tensor, `block` elements from element `at` on, and what fills it.
+
+    Without moves the block is zeros.
+    """
+
+    target: Spec
+    at: int
+    block: Shape
+    moves: tuple[Move, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What becomes of one unit: its targets, and the fills that make them."""
+
+    unit: Unit
+    layout: str
+    targets: tuple[Spec, ...]
+    fills: tuple[Fill, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """How one rule stores the parts of several experts.
+
+    Attributes:
+        rule: the rule.
+        first: id of expert 0 in names, where names have ids.
+        count: experts in one tensor; None where a tensor holds one expert or nothing of an expert.
+        pad: room for further experts.
+        block: shape of one expert's block.
+        views: where each part lies in the block.
+        shape: shape of a whole tensor.
+    """
+
+    rule: Rule
+    first: int
+    count: int | None
+    pad: int
+    block: Shape
+    views: Mapping[str, View]
+    shape: Shape
+
+
+def change(unit: Unit, layout: str, recipe: Recipe, problems: list[Problem]) -> Change | None:
+    """Move a unit to another layout.
+
+    Args:
+        unit: as found in the source.
+        layout: where to, aliases resolved.
+        recipe: the recipe of the unit.
+        problems: receives what makes the change impossible.
+
+    Returns:
+        The change, or None with at least one more problem.
+    """
+    try:
+        return _change(unit, layout, recipe)
+    except ShapeError as error:
+        problems.append(
+            Problem(
+                f"{unit.block}: cannot be stored as {layout}: {error}",
+                "Keep the layout it has, or convert from another release of the model.",
+            )
+        )
+    return None
+
+
+def _change(unit: Unit, layout: str, recipe: Recipe) -> Change:
+    sources: dict[str, tuple[_Stack, Hits]] = {}
+    for rule, hits in unit.hits:
+        stack = _stack(rule, unit, recipe)
+        sources.update((part, (stack, hits)) for part in parts_of(rule.value))
+    targets: list[Spec] = []
+    fills: list[Fill] = []
+    for rule in unit.component.rules[layout]:
+        parts = parts_of(rule.value)
+        absent = [part for part in parts if part not in unit.part_shapes]
+        if len(absent) == len(parts):
+            continue
+        if absent:
+            raise ShapeError(f"{rule.pattern} needs {', '.join(absent)}, which the source lacks")
+        dtypes = {next(iter(sources[part][1].values())).spec.dtype for part in parts}
+        if len(dtypes) > 1:
+            raise ShapeError(f"{rule.pattern} would join {' and '.join(sorted(dtypes))} in one tensor")
+        made = list(_fills(_stack(rule, unit, recipe), unit, dtypes.pop(), sources, parts))
+        fills += made
+        targets += list(dict.fromkeys(fill.target for fill in made))
+    return Change(unit, layout, tuple(targets), tuple(fills))
+
+
+def _stack(rule: Rule, unit: Unit, recipe: Recipe) -> _Stack:
+    block, views = place(rule.value, unit.part_shapes)
+    ids = rule.pattern.ids
+    counted = recipe.part_ids.get(parts_of(rule.value)[0])
+    count: int | None = None
+    if ids is None and counted is not None and counted.ids is not None:
+        start, stop = counted.ids.start.value(unit.sizes), counted.ids.stop.value(unit.sizes)
+        if start is None or stop is None:
+            raise ShapeError(f"the number of experts of {rule.pattern} is unknown")
+        count = stop - start
+    pad = rule.pad.value(unit.sizes) if rule.pad is not None else 0
+    if pad is None:
+        raise ShapeError(f"{rule.pattern}: config.json does not say how many experts {rule.pad} are")
+    first = (ids.start.value(unit.sizes) or 0) if ids is not None else 0
+    return _Stack(rule, first, count, pad, block, views, stored_shape(rule, recipe, unit.part_shapes, count, pad))
+
+
+def _fills(
+    stack: _Stack, unit: Unit, dtype: str, sources: Mapping[str, tuple[_Stack, Hits]], parts: Sequence[str]
+) -> Iterator[Fill]:
+    """Fills of all tensors of one target rule, expert by expert."""
+    size = prod(stack.block)
+    experts = stack.count if stack.count is not None else len(sources[parts[0]][1])
+    if stack.rule.pattern.ids is not None:
+        from_stack = sources[parts[0]][0]
+        experts = from_stack.count if from_stack.count is not None else experts
+    elif stack.count is None:
+        experts = 1
+    target = Spec(stack.rule.pattern.fill(unit.block, stack.first), dtype, stack.shape)
+    for expert in range(experts):
+        at = expert * size
+        if stack.rule.pattern.ids is not None:
+            target, at = Spec(stack.rule.pattern.fill(unit.block, stack.first + expert), dtype, stack.shape), 0
+        moves = []
+        for part in parts:
+            source, hits = sources[part]
+            if source.rule.pattern.ids is not None:
+                tensor, source_at = hits[source.first + expert], 0
+            else:
+                tensor, source_at = hits[0], expert * prod(source.block)
+            moves.append(Move(tensor, source_at, source.views[part], stack.views[part]))
+        yield Fill(target, at, stack.block, tuple(moves))
+    if stack.pad:
+        yield Fill(target, experts * size, (stack.pad, *stack.block), ())
+
+
+def copy_of(tensor: StoredTensor) -> Fill:
+    """The fill that copies a tensor as it is."""
+    whole = View.whole(tensor.spec.shape)
+    return Fill(tensor.spec, 0, tensor.spec.shape, (Move(tensor, 0, whole, whole),))

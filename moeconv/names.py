@@ -1,0 +1,181 @@
+"""Tensor names: patterns with holes, natural order, and short ways to show many names.
+
+A `Pattern` such as `{block}.mlp.experts.{expert}.up_proj.weight` matches and makes names. `{block}` is
+whatever stands before (`model.layers.3`); every other hole is one canonical integer between dots, so that
+matching and filling are exact inverses. There are no regular expressions in recipes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from moeconv.dims import Dim, DimSyntaxError, parse_dim
+
+BLOCK = "{block}"
+_DIGITS = re.compile(r"(\d+)")
+_HOLE = re.compile(r"\{expert(?::([^}]*))?\}")
+
+
+class PatternError(ValueError):
+    """A pattern that cannot be read; the text quotes it."""
+
+
+def is_integer(segment: str) -> bool:
+    """A canonical integer: ASCII digits without leading zeros, short enough to be an index."""
+    return segment.isdigit() and segment.isascii() and len(segment) < 10 and (segment[0] != "0" or len(segment) == 1)
+
+
+def template_of(name: str) -> tuple[str, tuple[int, ...]]:
+    """The name with every canonical integer between dots replaced by `{}`, and those integers."""
+    segments = name.split(".")
+    numbers: list[int] = []
+    for index, segment in enumerate(segments):
+        if is_integer(segment):
+            numbers.append(int(segment))
+            segments[index] = "{}"
+    return ".".join(segments), tuple(numbers)
+
+
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key under which `layers.2` comes before `layers.10`."""
+    return tuple((0, int(part), part) if part.isdigit() else (1, 0, part) for part in _DIGITS.split(name) if part)
+
+
+@dataclass(frozen=True, slots=True)
+class IdRange:
+    """Expert ids of a pattern: from `start` (included) to `stop` (excluded), as sizes."""
+
+    start: Dim
+    stop: Dim
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A tensor name with holes.
+
+    Attributes:
+        text: as written.
+        before: segments between `{block}` and the expert hole; all segments where there is no such hole.
+        after: segments behind the expert hole.
+        ids: what the expert hole runs over; None for a pattern without one.
+    """
+
+    text: str
+    before: str
+    after: str
+    ids: IdRange | None
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read a pattern.
+
+        Raises:
+            PatternError: not a pattern.
+        """
+        if not text.startswith(BLOCK + "."):
+            raise PatternError(f"{text!r} does not start with {BLOCK}.")
+        rest = text[len(BLOCK) + 1 :]
+        holes = list(_HOLE.finditer(rest))
+        literal = _HOLE.sub("0", rest)
+        if "{" in literal or "}" in literal:
+            raise PatternError(f"{text!r} has an unknown hole; known: {{block}}, {{expert}}, {{expert:FROM..TO}}")
+        if not literal or any(not segment for segment in literal.split(".")) or any(c.isspace() for c in literal):
+            raise PatternError(f"{text!r} is not a tensor name")
+        if len(holes) > 1:
+            raise PatternError(f"{text!r} has more than one {{expert}}")
+        if not holes:
+            return cls(text, rest, "", None)
+        hole = holes[0]
+        before, after = rest[: hole.start()], rest[hole.end() :]
+        if (before and not before.endswith(".")) or (after and not after.startswith(".")):
+            raise PatternError(f"{text!r}: {{expert}} must stand alone between dots")
+        return cls(text, before, after, _id_range(hole[1], text))
+
+    def fill(self, block: str, expert: int) -> str:
+        """The name for a block and an expert id as it stands in the file (ignored without an expert hole)."""
+        if self.ids is None:
+            return f"{block}.{self.before}"
+        return f"{block}.{self.before}{expert}{self.after}"
+
+    def match(self, name: str) -> tuple[str, int] | None:
+        """Block and expert id (0 without an expert hole) of a name that `fill` would make, else None."""
+        if self.ids is None:
+            block = name.removesuffix("." + self.before)
+            return (block, 0) if block != name and block else None
+        head = name.removesuffix(self.after) if self.after else name
+        if self.after and head == name:
+            return None
+        front, dot, expert = head.rpartition(".")
+        if not dot or not is_integer(expert):
+            return None
+        block = (front + ".").removesuffix("." + self.before)
+        return (block, int(expert)) if block and block != front + "." else None
+
+    @property
+    def template_end(self) -> str:
+        """How the template (see `template_of`) of every matching name ends."""
+        inner = self.before if self.ids is None else f"{self.before}0{self.after}"
+        return "." + template_of(inner)[0]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _id_range(text: str | None, pattern: str) -> IdRange:
+    """`{expert}` runs over 0..E-1, `{expert:V}` over 0..V-1, `{expert:E..2*E}` over E..2E-1."""
+    start, _, stop = (text or "E").rpartition("..")
+    try:
+        return IdRange(parse_dim(start or "0"), parse_dim(stop))
+    except DimSyntaxError as error:
+        raise PatternError(f"{pattern!r}: {error}") from None
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """`0..3,7` for {0, 1, 2, 3, 7}."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}..{last}" for first, last in runs)
+
+
+def collapse(names: Sequence[str]) -> list[str]:
+    """The names with runs of integers folded: `layers.{0..47}.mlp.experts.{0..127}.up_proj.weight`.
+
+    Each template (see `template_of`) gives one line for each set of numbers that is a full product of its
+    columns; other sets are listed by their columns only where that stays true, name by name otherwise.
+    """
+    groups: dict[str, set[tuple[int, ...]]] = {}
+    for name in names:
+        template, numbers = template_of(name)
+        groups.setdefault(template, set()).add(numbers)
+    return [line for template, rows in groups.items() for line in _folded(template, rows)]
+
+
+def _folded(template: str, rows: set[tuple[int, ...]]) -> list[str]:
+    columns = [sorted(set(column)) for column in zip(*rows, strict=True)]
+    size = 1
+    for column in columns:
+        size *= len(column)
+    if size == len(rows):
+        shown = [str(c[0]) if len(c) == 1 else "{" + ranges(c) + "}" for c in columns]
+        return [_numbered(template, shown)]
+    split: dict[frozenset[tuple[int, ...]], set[int]] = {}
+    for first in columns[0]:
+        rest = frozenset(row[1:] for row in rows if row[0] == first)
+        split.setdefault(rest, set()).add(first)
+    lines: list[str] = []
+    for rest, firsts in split.items():
+        shown_first = "{" + ranges(firsts) + "}" if len(firsts) > 1 else str(next(iter(firsts)))
+        lines += _folded(_numbered(template, [shown_first]), set(rest))
+    return lines
+
+
+def _numbered(template: str, shown: Sequence[str]) -> str:
+    for text in shown:
+        template = template.replace("{}", text, 1)
+    return template

@@ -1,0 +1,298 @@
+"""Everything that will happen, decided before anything does.
+
+`plan` sees names, shapes and dtypes, never data. It either returns a complete `Plan` (every byte of the
+output has its place, and every task that writes it an id) or raises `PlanError` with all that is wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moeconv import __version__
+from moeconv.checkpoint import INDEX, SINGLE, Checkpoint, StoredTensor
+from moeconv.engines import Reading, readings
+from moeconv.errors import PlanError, Problem, UsageError
+from moeconv.header import build_header, in_file_order
+from moeconv.layouts import Unit, find_units
+from moeconv.moves import Change, Fill, change, copy_of
+from moeconv.names import natural_key
+from moeconv.recipe import Recipe
+from moeconv.steps import Rearrange, Step, Task, needs_whole_bytes, steps_of, tasks_of
+from moeconv.tensors import Spec
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+#: Bytes that one worker holds while it copies, and at least and at most while it rearranges.
+COPY_BUFFER_BYTES = 256 << 10
+MIN_TILE_BYTES = 1 << 20
+MAX_TILE_BYTES = 16 << 20
+#: Peak RSS of a run without its buffers: interpreter, libraries, code (measured, `tests/bench/memory.py`).
+BASELINE_BYTES = 80 << 20
+#: Growth of RSS for each tensor name of source and target together (measured, `tests/bench/memory.py`).
+NAME_BYTES = 3000
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a user may choose about a conversion, apart from where to.
+
+    Attributes:
+        max_shard_nbytes: a weight file gets no more than this, unless one tensor alone is larger.
+        jobs: threads; None for one a core, at most 8.
+        max_memory: bytes of host memory that the run may use; None for the defaults.
+        layout: layout of the source, where headers do not tell.
+        include: weight files beside the index that belong to the model.
+    """
+
+    max_shard_nbytes: int = DEFAULT_SHARD_BYTES
+    jobs: int | None = None
+    max_memory: int | None = None
+    layout: str | None = None
+    include: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFile:
+    """A weight file to write: `head` (length and header), then `nbytes` in all; tensors in the order of the file."""
+
+    path: str
+    head: bytes
+    nbytes: int
+    specs: tuple[Spec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Peak host memory of the run, in bytes, and what it is made of."""
+
+    baseline: int
+    names: int
+    jobs: int
+    buffer: int
+
+    @property
+    def peak(self) -> int:
+        return self.baseline + self.names + self.jobs * self.buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A conversion, complete.
+
+    Attributes:
+        source: what is read.
+        recipe: what was looked for.
+        layout: the layout asked for (`hub`, `packed` or `experts`).
+        changes: units that change.
+        kept: units that are in that layout already; copied.
+        copied: tensors that no rule matches; copied.
+        files: weight files to write.
+        index: content of the index file; empty for a single weight file.
+        tasks: the work, in the order of the targets.
+        memory: see `Memory`.
+        readings: which engines read the result.
+        warnings: what the user should know, none of which stops the run.
+        fingerprint: sha256 of everything that decides the output's bytes.
+    """
+
+    source: Checkpoint
+    recipe: Recipe
+    layout: str
+    options: Options
+    changes: tuple[Change, ...]
+    kept: tuple[Unit, ...]
+    copied: tuple[StoredTensor, ...]
+    files: tuple[TargetFile, ...]
+    index: bytes
+    tasks: tuple[Task, ...]
+    memory: Memory
+    readings: tuple[Reading, ...]
+    warnings: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def output_nbytes(self) -> int:
+        """Bytes of the finished folder, without its manifest."""
+        return sum(file.nbytes for file in self.files) + len(self.index) + sum(f.nbytes for f in self.source.sidecars)
+
+
+def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | None = None) -> Plan:
+    """Plan the conversion of a checkpoint to a layout.
+
+    Args:
+        source: the checkpoint.
+        recipe: how its experts are stored.
+        layout: `hub`, `packed` or `experts`.
+        options: see `Options`.
+
+    Raises:
+        PlanError: with everything that stands in the way.
+        UsageError: a layout that the recipe cannot say.
+    """
+    options = options or Options()
+    for name in (layout, *((options.layout,) if options.layout else ())):
+        if name not in recipe.layouts:
+            raise UsageError(f"recipe {recipe.name} has no layout {name!r}", f"It has: {', '.join(recipe.layouts)}.")
+    found = find_units(source, recipe, options.layout)
+    problems = list(found.problems)
+    goal = recipe.layout(layout)
+    kept = tuple(unit for unit in found.units if _is_already(unit, goal))
+    changes = [
+        made for unit in found.units if not _is_already(unit, goal) if (made := change(unit, goal, recipe, problems))
+    ]
+    if not found.units and not problems:
+        problems.append(
+            Problem(
+                f"{source.root} holds no experts that recipe {recipe.name} describes",
+                "Look at the names with `moeconv inspect`, and give the --recipe that matches.",
+            )
+        )
+    fills = [fill for made in changes for fill in made.fills]
+    copied = [tensor for unit in kept for tensor in unit.tensors()] + list(found.rest)
+    fills += [copy_of(tensor) for tensor in copied]
+    problems += _target_problems(changes, copied, fills)
+    if problems:
+        raise PlanError.of(problems)
+    files, places, index = _place(changes, copied, source, options)
+    steps: list[Step] = [step for fill in fills for step in steps_of(fill, places[fill.target.name])]
+    tasks = tasks_of(steps, [file.path for file in files])
+    memory = _memory(source, files, tasks, options)
+    readers = readings(recipe, source.config, layout)
+    return Plan(
+        source, recipe, layout, options, tuple(changes), kept, found.rest, files, index, tasks, memory, readers,
+        tuple(_warnings(source, changes, readers)), _fingerprint(source, recipe, layout, options),
+    )  # fmt: skip
+
+
+def _is_already(unit: Unit, layout: str) -> bool:
+    """The unit is stored as `layout` says, under that layout's name or another's with the same lines."""
+    rules = unit.component.rules
+    has, wants = ({(rule.pattern, rule.claim, rule.value) for rule in rules[name]} for name in (unit.layout, layout))
+    return has == wants
+
+
+def _target_problems(changes: Sequence[Change], copied: Sequence[StoredTensor], fills: Sequence[Fill]) -> list[Problem]:
+    problems: list[Problem] = []
+    names: dict[str, str] = {tensor.spec.name: "copied as it is" for tensor in copied}
+    for made in changes:
+        for spec in made.targets:
+            if spec.name in names:
+                problems.append(
+                    Problem(
+                        f"two sources for the one target {spec.name}: {names[spec.name]}, and made from {made.unit.block}",
+                        "The checkpoint already holds a tensor of that name: remove the one that is not the model's.",
+                    )
+                )
+            names[spec.name] = f"made from {made.unit.block}"
+    odd = next((fill for fill in fills if not needs_whole_bytes(fill)), None)
+    if odd:
+        problems.append(
+            Problem(
+                f"{odd.target} cannot be rearranged: its elements are smaller than a byte",
+                "Keep the layout it has.",
+            )
+        )
+    return problems
+
+
+def _place(
+    changes: Sequence[Change], copied: Sequence[StoredTensor], source: Checkpoint, options: Options
+) -> tuple[tuple[TargetFile, ...], dict[str, tuple[int, int]], bytes]:
+    """Files, the place of every target tensor (file number, byte offset), and the index."""
+    specs = [spec for made in changes for spec in made.targets] + [tensor.spec for tensor in copied]
+    specs.sort(key=lambda spec: natural_key(spec.name))
+    shards: list[list[Spec]] = [[]]
+    size = 0
+    for spec in specs:
+        if shards[-1] and size + spec.nbytes > options.max_shard_nbytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.nbytes
+    metadata = _metadata(source)
+    files: list[TargetFile] = []
+    places: dict[str, tuple[int, int]] = {}
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards):
+        path = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        ordered = in_file_order(shard)
+        head, starts = build_header(ordered, metadata)
+        places.update((name, (number, start)) for name, start in starts.items())
+        weight_map.update((spec.name, path) for spec in shard)
+        files.append(TargetFile(path, head, len(head) + sum(spec.nbytes for spec in shard), tuple(ordered)))
+    if len(shards) == 1:
+        return tuple(files), places, b""
+    total = sum(spec.nbytes for spec in specs)
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return tuple(files), places, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _metadata(source: Checkpoint) -> dict[str, str]:
+    """`__metadata__` of all source files together; of several values for a key, the first file's."""
+    merged: dict[str, str] = {}
+    for file in source.files:
+        for key, value in file.metadata.items():
+            merged.setdefault(key, value)
+    return merged
+
+
+def _memory(source: Checkpoint, files: Sequence[TargetFile], tasks: Sequence[Task], options: Options) -> Memory:
+    jobs = min(options.jobs or min(8, os.cpu_count() or 1), max(1, len(tasks)))
+    names = (len(source.tensors) + sum(len(file.specs) for file in files)) * NAME_BYTES
+    rearranges = any(isinstance(step, Rearrange) for task in tasks for step in task.steps)
+    smallest, wanted = (MIN_TILE_BYTES, MAX_TILE_BYTES) if rearranges else (COPY_BUFFER_BYTES, COPY_BUFFER_BYTES)
+    if options.max_memory is None:
+        return Memory(BASELINE_BYTES, names, jobs, wanted)
+    room = options.max_memory - BASELINE_BYTES - names
+    if room < smallest:
+        least = BASELINE_BYTES + names + smallest
+        raise UsageError(
+            f"--max-memory {options.max_memory:,} is less than this conversion needs",
+            f"The least that works is {least:,} bytes: --max-memory {-(-least // 1_000_000)}MB.",
+        )
+    jobs = min(jobs, room // smallest)
+    return Memory(BASELINE_BYTES, names, jobs, min(wanted, room // jobs))
+
+
+def _warnings(source: Checkpoint, changes: Sequence[Change], readers: Sequence[Reading]) -> list[str]:
+    lines = [f"left out: {item.path} ({item.nbytes:,} bytes): {item.why}" for item in source.left_out]
+    conflicts = sorted(
+        key
+        for key in {key for file in source.files for key in file.metadata}
+        if len({file.metadata[key] for file in source.files if key in file.metadata}) > 1
+    )
+    lines += [
+        f"__metadata__ key {key!r} differs between source files; the first file's value is kept" for key in conflicts
+    ]
+    padded = [made for made in changes if any(not fill.moves for fill in made.fills)]
+    if padded:
+        lines.append(f"{len(padded)} blocks have room for experts that compute nothing; it is filled with zeros")
+    dropped = [made for made in changes if any(rule.pad for rule, _ in made.unit.hits)]
+    if dropped:
+        lines.append(f"{len(dropped)} blocks have rows of experts that compute nothing; they are not carried over")
+    lines += [
+        f"{reading.engine} does not read this result: {reading.why}" for reading in readers if reading.reads == "no"
+    ]
+    return lines
+
+
+def _fingerprint(source: Checkpoint, recipe: Recipe, layout: str, options: Options) -> str:
+    content: Mapping[str, Any] = {
+        "version": __version__,
+        "weights": [(file.path, file.nbytes, file.mtime_ns, file.header_sha256) for file in source.files],
+        "sidecars": [(file.path, file.nbytes, file.mtime_ns) for file in source.sidecars],
+        "recipe": recipe.text,
+        "layout": layout,
+        "source_layout": options.layout,
+        "max_shard_nbytes": options.max_shard_nbytes,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def index_path(plan_: Plan) -> str | None:
+    """Name of the index file, or None for a single weight file."""
+    return INDEX if plan_.index else None

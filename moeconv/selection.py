@@ -1,0 +1,71 @@
+"""Which recipe a checkpoint needs: the user's, the one it was made with, or the one for its model_type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moeconv.checkpoint import Checkpoint
+from moeconv.errors import PlanError
+from moeconv.layouts import Found, find_units
+from moeconv.manifest import recipe_of
+from moeconv.recipe import Recipe
+from moeconv.recipe_file import load_recipe, load_shipped
+
+
+def select_recipe(source: Checkpoint, given: str | None = None, layout: str | None = None) -> Recipe:
+    """The recipe to use.
+
+    Args:
+        source: the checkpoint.
+        given: `--recipe`, a shipped name or a path; wins over everything.
+        layout: `--layout`, to tell apart recipes of one model_type.
+
+    Raises:
+        PlanError: none, with those that would fit.
+        RecipeError: the given one does not exist or hold together.
+    """
+    if given:
+        return load_recipe(given)
+    made_with = recipe_of(source.manifest)
+    if made_with is not None:
+        return made_with
+    shipped = load_shipped()
+    for model_type in model_types(source.config):
+        named = [recipe for recipe in shipped if model_type in recipe.model_types]
+        if named:
+            return max(named, key=lambda recipe: _fit(find_units(source, recipe, _known(recipe, layout))))
+    fitting = [recipe.name for recipe in shipped if _is_clean(find_units(source, recipe, _known(recipe, layout)))]
+    types = ", ".join(model_types(source.config)) or "nothing"
+    raise PlanError(
+        f"no recipe is for the model_type of {source.root} (config.json says {types})",
+        f"Names and shapes fit {' and '.join(fitting)}: if that is how the model computes, add --recipe {fitting[0]}."
+        if fitting
+        else "Write a recipe for it (`moeconv recipes show gate_up_down` is an example) and give it with --recipe.",
+    )
+
+
+def _known(recipe: Recipe, layout: str | None) -> str | None:
+    return layout if layout in recipe.layouts else None
+
+
+def _is_clean(found: Found) -> bool:
+    return bool(found.units) and not found.problems
+
+
+def _fit(found: Found) -> tuple[bool, int, int]:
+    return _is_clean(found), len(found.units), -len(found.problems)
+
+
+def model_types(config: Mapping[str, Any]) -> list[str]:
+    """Every `model_type` of config.json, the top one first, then those of nested configs."""
+    return list(dict.fromkeys(_types(config)))
+
+
+def _types(config: Mapping[str, Any]) -> Iterator[str]:
+    value = config.get("model_type")
+    if isinstance(value, str):
+        yield value
+    for nested in config.values():
+        if isinstance(nested, Mapping):
+            yield from _types(nested)

@@ -1,0 +1,300 @@
+"""What the executor can do: copy bytes, rearrange a block, write zeros. And how fills become such steps.
+
+Steps name files by number and places by byte offset; they carry all that is needed to run them in any
+order, on any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+from moeconv.moves import Fill
+from moeconv.tensors import DTYPE_BITS, Shape, View, row_major_strides
+
+#: A task moves about this many bytes; larger steps are cut.
+TASK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """`nbytes` bytes from one place to another."""
+
+    source_file: int
+    source_offset: int
+    target_file: int
+    target_offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Zeros:
+    """`nbytes` zero bytes."""
+
+    target_file: int
+    target_offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a `Rearrange`: seen as `source_view` in the source block whose first byte is at `source_offset`."""
+
+    source_file: int
+    source_offset: int
+    source_view: View
+    target_view: View
+
+
+@dataclass(frozen=True, slots=True)
+class Rearrange:
+    """Rows `first` to `last` (excluded, along axis 0) of a target block, filled element by element.
+
+    Attributes:
+        target_file: number of the target file.
+        block_offset: byte offset of the block's first element.
+        block: shape of the whole block.
+        item_nbytes: bytes of one element.
+        first: first row.
+        last: row behind the last.
+        pieces: what fills the block; together they cover it.
+    """
+
+    target_file: int
+    block_offset: int
+    block: Shape
+    item_nbytes: int
+    first: int
+    last: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def row_nbytes(self) -> int:
+        return prod(self.block[1:]) * self.item_nbytes
+
+    @property
+    def target_offset(self) -> int:
+        return self.block_offset + self.first * self.row_nbytes
+
+    @property
+    def nbytes(self) -> int:
+        return (self.last - self.first) * self.row_nbytes
+
+
+Step = Copy | Zeros | Rearrange
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Steps that are done and journalled together. `id` is the same in every run of the same plan."""
+
+    id: str
+    steps: tuple[Step, ...]
+    nbytes: int
+
+
+def needs_whole_bytes(fill: Fill) -> bool:
+    """Whether the fill can run on bytes: elements of full bytes, or a copy of a whole tensor."""
+    if DTYPE_BITS[fill.target.dtype] % 8 == 0:
+        return True
+    return all(move.source_view.is_run and move.target_view.is_run for move in fill.moves)
+
+
+def steps_of(fill: Fill, target: tuple[int, int]) -> Iterator[Step]:
+    """The steps of a fill.
+
+    Args:
+        fill: what to fill.
+        target: file number of the target tensor and the byte offset of its first element in that file.
+    """
+    file, start = target
+    bits = DTYPE_BITS[fill.target.dtype]
+    begin = start + fill.at * bits // 8
+    if not fill.moves:
+        yield Zeros(file, begin, prod(fill.block) * bits // 8)
+        return
+    runs = [_run(move.source_view, move.target_view) for move in fill.moves]
+    if all(run is not None for run in runs):
+        for move, run in zip(fill.moves, runs, strict=True):
+            assert run is not None
+            source_first, target_first, count = run
+            yield Copy(
+                move.source.file,
+                move.source.offset + (move.source_at + source_first) * bits // 8,
+                file,
+                begin + target_first * bits // 8,
+                count * bits // 8,
+            )
+        return
+    item = bits // 8
+    pieces = tuple(
+        Piece(move.source.file, move.source.offset + move.source_at * item, move.source_view, move.target_view)
+        for move in fill.moves
+    )
+    yield Rearrange(file, begin, fill.block, item, 0, fill.block[0], pieces)
+
+
+@lru_cache(maxsize=4096)
+def _run(source: View, target: View) -> tuple[int, int, int] | None:
+    """First element in the source block, in the target block, and count, where the part is a run in both."""
+    if source.is_run and target.is_run:
+        return source.first, target.first, prod(source.shape)
+    return None
+
+
+def tasks_of(steps: Sequence[Step], target_names: Sequence[str]) -> tuple[Task, ...]:
+    """Group steps into tasks of about `TASK_BYTES`, in the order of their targets.
+
+    Args:
+        steps: in any order.
+        target_names: names of the target files, for the ids.
+    """
+    ordered = sorted(steps, key=lambda step: (step.target_file, step.target_offset))
+    tasks: list[Task] = []
+    group: list[Step] = []
+    size = 0
+
+    def close() -> None:
+        nonlocal group, size
+        if group:
+            first = group[0]
+            tasks.append(Task(f"{target_names[first.target_file]}@{first.target_offset}", tuple(group), size))
+        group, size = [], 0
+
+    for step in _joined(ordered):
+        for piece in _cut(step):
+            if group and (size + piece.nbytes > TASK_BYTES or group[0].target_file != piece.target_file):
+                close()
+            group.append(piece)
+            size += piece.nbytes
+    close()
+    return tuple(tasks)
+
+
+def _joined(steps: Sequence[Step]) -> Iterator[Step]:
+    """Neighbouring copies that are neighbours in the source too become one; empty ones go."""
+    last: Copy | None = None
+    for step in steps:
+        if isinstance(step, Copy):
+            if step.nbytes == 0:
+                continue
+            if (
+                last is not None
+                and (last.source_file, last.target_file) == (step.source_file, step.target_file)
+                and last.source_offset + last.nbytes == step.source_offset
+                and last.target_offset + last.nbytes == step.target_offset
+            ):
+                last = Copy(
+                    last.source_file,
+                    last.source_offset,
+                    last.target_file,
+                    last.target_offset,
+                    last.nbytes + step.nbytes,
+                )
+                continue
+        if last is not None:
+            yield last
+        last = step if isinstance(step, Copy) else None
+        if last is None and step.nbytes:
+            yield step
+    if last is not None:
+        yield last
+
+
+def _cut(step: Step) -> Iterator[Step]:
+    if step.nbytes <= TASK_BYTES:
+        yield step
+    elif isinstance(step, Copy):
+        for at in range(0, step.nbytes, TASK_BYTES):
+            yield Copy(
+                step.source_file, step.source_offset + at, step.target_file, step.target_offset + at,
+                min(TASK_BYTES, step.nbytes - at),
+            )  # fmt: skip
+    elif isinstance(step, Zeros):
+        for at in range(0, step.nbytes, TASK_BYTES):
+            yield Zeros(step.target_file, step.target_offset + at, min(TASK_BYTES, step.nbytes - at))
+    else:
+        rows = max(1, TASK_BYTES // step.row_nbytes)
+        for first in range(step.first, step.last, rows):
+            yield Rearrange(
+                step.target_file, step.block_offset, step.block, step.item_nbytes,
+                first, min(first + rows, step.last), step.pieces,
+            )  # fmt: skip
+
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A part of a `Rearrange` that fits in memory: index ranges (first, last excluded) of the block's axes.
+
+    Its elements are one run of the target.
+    """
+
+    ranges: Ranges
+    target_offset: int
+    nbytes: int
+
+
+def tiles_of(step: Rearrange, tile_nbytes: int) -> Iterator[Tile]:
+    """Cut a step into runs of at most `tile_nbytes` bytes (at least one element)."""
+    strides = row_major_strides(step.block)
+    axis = len(step.block) - 1
+    inner = 1
+    while axis > 0 and inner * step.block[axis] * step.item_nbytes <= tile_nbytes:
+        inner *= step.block[axis]
+        axis -= 1
+    length = max(1, tile_nbytes // (inner * step.item_nbytes))
+    bounds = ((step.first, step.last), *((0, size) for size in step.block[1:]))
+    full = bounds[axis + 1 :]
+
+    def outer(level: int, chosen: Ranges) -> Iterator[Ranges]:
+        if level == axis:
+            for first in range(bounds[axis][0], bounds[axis][1], length):
+                yield (*chosen, (first, min(first + length, bounds[axis][1])), *full)
+            return
+        for index in range(*bounds[level]):
+            yield from outer(level + 1, (*chosen, (index, index + 1)))
+
+    for ranges in outer(0, ()):
+        at = sum(first * stride for (first, _), stride in zip(ranges, strides, strict=True))
+        count = prod(last - first for first, last in ranges)
+        yield Tile(ranges, step.block_offset + at * step.item_nbytes, count * step.item_nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """What one piece gives to one tile.
+
+    Attributes:
+        tile_slices: where in the tile (block axes, relative to the tile's start).
+        box: source block ranges that hold the elements: first, last (excluded), step. The step along the last
+            axis is applied after reading, the others by reading only the rows that are needed.
+        order: axes of the read box in the order of the block's axes.
+    """
+
+    tile_slices: tuple[slice, ...]
+    box: tuple[tuple[int, int, int], ...]
+    order: tuple[int, ...]
+
+
+def overlap(piece: Piece, ranges: Ranges) -> Overlap | None:
+    """The elements of `piece` that lie in the tile `ranges`, or None."""
+    slices: list[slice] = [slice(0)] * len(ranges)
+    box: list[tuple[int, int, int]] = [(0, 0, 1)] * len(ranges)
+    order = [0] * len(ranges)
+    for axis, (target, source) in enumerate(zip(piece.target_view.axes, piece.source_view.axes, strict=True)):
+        first, last = ranges[target.of]
+        low = max(0, -(-(first - target.start) // target.step))
+        high = min(piece.target_view.shape[axis], -(-(last - target.start) // target.step))
+        if low >= high:
+            return None
+        begin = target.start + low * target.step - first
+        slices[target.of] = slice(begin, begin + (high - low - 1) * target.step + 1, target.step)
+        from_ = source.start + low * source.step
+        box[source.of] = (from_, from_ + (high - low - 1) * source.step + 1, source.step)
+        order[target.of] = source.of
+    return Overlap(tuple(slices), tuple(box), tuple(order))

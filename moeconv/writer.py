@@ -1,0 +1,316 @@
+"""The destination: `DST.partial` while work goes on, `DST` when and only when it is complete.
+
+    DST.partial/model-00001-of-00004.safetensors   final size from the start, header written first
+    DST.partial/.moeconv-journal                   one JSON line for the plan, then one for each batch of tasks
+
+A journal line follows the data it speaks of: with fsync on, tasks are journalled only after their bytes
+are durable. At the end everything is synced, the journal goes, and the folder gets its name in one rename.
+A run that finds a journal of the same plan goes on where that one stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from moeconv.checkpoint import MANIFEST, MAX_INDEX_BYTES
+from moeconv.errors import CheckpointError, OutputError
+from moeconv.explain import disk_of, size
+from moeconv.files import Files, WriteFile
+from moeconv.header import HeaderError, read_json
+from moeconv.plan import Plan, TargetFile, index_path
+
+JOURNAL = ".moeconv-journal"
+_COPY_BYTES = 1 << 20
+
+
+def finished_fingerprint(destination: Path, files: Files) -> str | None:
+    """Fingerprint of the plan that made a finished folder, or None for a folder that moeconv did not make."""
+    path = destination / MANIFEST
+    if not files.exists(path):
+        return None
+    try:
+        manifest = read_json(files.read_bytes(path, MAX_INDEX_BYTES))
+    except (HeaderError, CheckpointError):
+        return None
+    value = manifest.get("fingerprint") if isinstance(manifest, dict) else None
+    return value if isinstance(value, str) else None
+
+
+def check_destination(source: Path, destination: Path) -> None:
+    """Refuse a destination that is, holds, or lies in the source.
+
+    Raises:
+        OutputError: such a destination.
+    """
+    source, resolved = source.resolve(), destination.resolve()
+    if resolved == source or source in resolved.parents or resolved in source.parents:
+        raise OutputError(
+            f"the destination {destination} and the source {source} lie in one another",
+            "Choose a destination outside the source folder.",
+        )
+
+
+class Writer:
+    """Makes one destination folder from one plan. `open`, `write_at` and `journal` while working, then `finish`.
+
+    Args:
+        plan: what is made.
+        destination: the folder that is to exist in the end.
+        files: door to the file system.
+        fsync: make data durable before saying so.
+        overwrite: replace a finished folder that moeconv made, and start anew where a run was cut short.
+    """
+
+    def __init__(self, plan: Plan, destination: Path, files: Files, *, fsync: bool, overwrite: bool) -> None:
+        self.plan = plan
+        self.destination = destination
+        self.partial = destination.with_name(destination.name + ".partial")
+        self.files = files
+        self.fsync = fsync
+        self.overwrite = overwrite
+        self._journal: WriteFile | None = None
+        self._journal_nbytes = 0
+
+    def is_finished(self) -> bool:
+        """Whether the destination is there already, made by this very plan.
+
+        Raises:
+            OutputError: it is there and is something else.
+        """
+        check_destination(self.plan.source.root, self.destination)
+        if not self.files.exists(self.destination):
+            return False
+        made_by = finished_fingerprint(self.destination, self.files)
+        if made_by == self.plan.fingerprint:
+            return True
+        if made_by is None:
+            raise OutputError(
+                f"{self.destination} exists and moeconv did not make it",
+                "Choose another destination, or remove it yourself.",
+            )
+        if not self.overwrite:
+            raise OutputError(
+                f"{self.destination} exists and was made by another plan ({self._difference()})",
+                "Choose another destination, or replace it with --overwrite.",
+            )
+        return False
+
+    def _difference(self) -> str:
+        """Which of the things that make a plan differs from the finished folder's."""
+        manifest: dict[str, Any] = read_json(self.files.read_bytes(self.destination / MANIFEST, MAX_INDEX_BYTES))
+        source, recipe, tool = (manifest.get(key) or {} for key in ("source", "recipe", "tool"))
+        plan = self.plan
+        now = [(file.path, file.header_sha256) for file in plan.source.files]
+        then = [(file.get("path"), file.get("header_sha256")) for file in source.get("files", [])]
+        different = [
+            what
+            for what, differs in (
+                (f"layout {manifest.get('layout')}, not {plan.layout}", manifest.get("layout") != plan.layout),
+                ("another source", now != then),
+                ("another recipe", recipe.get("text") != plan.recipe.text),
+                (f"moeconv {tool.get('version')}", tool.get("version") != _version()),
+            )
+            if differs
+        ]
+        return ", ".join(different) or "other options, or source files changed since"
+
+    def open(self) -> frozenset[str]:
+        """Make or take over `DST.partial`.
+
+        Returns:
+            Ids of the tasks that are done already.
+
+        Raises:
+            OutputError: no space, another run at work, or the rest of another plan.
+        """
+        done: frozenset[str] = frozenset()
+        if self.files.exists(self.partial):
+            done = self._take_over()
+            if not done:
+                self.files.remove_tree(self.partial)
+        if not done:
+            self._check_space()
+            self._create()
+        return done
+
+    def _check_space(self) -> None:
+        disk = disk_of(self.plan, self.destination, self.files)
+        if disk.free < disk.needed:
+            raise OutputError(
+                f"{self.destination} needs {size(disk.needed)} ({disk.needed:,} bytes) "
+                f"and its disk has {size(disk.free)} ({disk.free:,} bytes) free",
+                "Free space there, or choose a destination on another disk.",
+            )
+
+    def _create(self) -> None:
+        self.files.make_folder(self.partial)
+        self._journal = self.files.create(self.partial / JOURNAL, 0)
+        self._lock()
+        for target in self.plan.files:
+            file = self.files.create(self.partial / target.path, target.nbytes)
+            try:
+                file.write_at(target.head, 0)
+            finally:
+                file.close()
+        self._journal_nbytes = 0
+        self._append({"fingerprint": self.plan.fingerprint, "fsync": self.fsync, "boot": self.files.boot_id()})
+
+    def _lock(self) -> None:
+        assert self._journal is not None
+        if not self._journal.lock():
+            self._journal.close()
+            self._journal = None
+            raise OutputError(
+                f"another run is at work in {self.partial}", "Wait for it to end, or choose another destination."
+            )
+
+    def _take_over(self) -> frozenset[str]:
+        """Tasks that an earlier run of the same plan finished; empty where nothing of it can be used."""
+        path = self.partial / JOURNAL
+        if not self.files.exists(path):
+            if any(True for _ in self.files.walk(self.partial)):
+                raise OutputError(
+                    f"{self.partial} exists and has no journal: it is no unfinished run of moeconv",
+                    "Remove it yourself, or choose another destination.",
+                )
+            return frozenset()
+        self._journal = self.files.open_write(path)
+        self._lock()
+        content = self.files.read_bytes(path, 1 << 30)
+        complete = content[: content.rfind(b"\n") + 1]
+        lines = [json.loads(line) for line in complete.splitlines()]
+        head = lines[0] if lines else {}
+        if lines and head["fingerprint"] != self.plan.fingerprint and not self.overwrite:
+            raise OutputError(
+                f"{self.partial} is an unfinished run of another plan",
+                "Finish that one with its own command, or discard it with --overwrite.",
+            )
+        done = frozenset(id_ for line in lines[1:] for id_ in line["done"])
+        usable = (
+            bool(lines)
+            and head["fingerprint"] == self.plan.fingerprint
+            and (head["fsync"] or head["boot"] == self.files.boot_id())  # unsynced data dies with the kernel
+            and all(self._is_intact(target) for target in self.plan.files)
+        )
+        if usable and done:
+            self._journal_nbytes = len(complete)
+            return done
+        self._journal.close()
+        self._journal = None
+        return frozenset()
+
+    def _is_intact(self, target: TargetFile) -> bool:
+        path = self.partial / target.path
+        if not self.files.exists(path) or self.files.stat(path).nbytes != target.nbytes:
+            return False
+        head = bytearray(len(target.head))
+        file = self.files.open_read(path)
+        try:
+            file.read_into(memoryview(head), 0)
+        finally:
+            file.close()
+        return bytes(head) == target.head
+
+    def _append(self, line: dict[str, Any]) -> None:
+        assert self._journal is not None
+        content = json.dumps(line).encode() + b"\n"
+        self._journal.write_at(content, self._journal_nbytes)
+        self._journal_nbytes += len(content)
+        if self.fsync:
+            self._journal.sync()
+
+    def target(self, number: int) -> WriteFile:
+        """A handle of target file `number`; the caller closes it."""
+        return self.files.open_write(self.partial / self.plan.files[number].path)
+
+    def journal(self, done: Sequence[str], touched: Iterable[int]) -> None:
+        """Make what was written to the files `touched` durable, then note the tasks `done`."""
+        if self.fsync:
+            for number in touched:
+                file = self.target(number)
+                try:
+                    file.sync()
+                finally:
+                    file.close()
+        self._append({"done": list(done)})
+
+    def finish(self, manifest: bytes) -> None:
+        """Write all other files, make everything durable, and give the folder its name."""
+        source = self.plan.source
+        for entry in source.sidecars:
+            self._copy_file(source.root / entry.path, self.partial / entry.path, entry.nbytes)
+        index = index_path(self.plan)
+        if index:
+            self._write_file(self.partial / index, self.plan.index)
+        self._write_file(self.partial / MANIFEST, manifest)
+        if self.fsync:
+            self._sync_everything()
+        self.close()
+        self.files.remove_file(self.partial / JOURNAL)
+        self._publish()
+
+    def _sync_everything(self) -> None:
+        """Data, then the folders that name it. The journal may have synced some files; that costs nothing twice."""
+        folders = {self.partial}
+        for path, entry in self.files.walk(self.partial):
+            folders.add((self.partial / path).parent)
+            if entry is not None:
+                file = self.files.open_write(self.partial / path)
+                try:
+                    file.sync()
+                finally:
+                    file.close()
+        for folder in sorted(folders, reverse=True):
+            self.files.sync_folder(folder)
+
+    def _publish(self) -> None:
+        replaced: Path | None = None
+        if self.files.exists(self.destination):
+            replaced = self.destination.with_name(self.destination.name + ".replaced")
+            if self.files.exists(replaced):
+                raise OutputError(f"{replaced} exists", "Remove it: it is what an earlier --overwrite put aside.")
+            self.files.rename(self.destination, replaced)
+        self.files.rename(self.partial, self.destination)
+        if self.fsync:
+            self.files.sync_folder(self.destination.resolve().parent)
+        if replaced is not None:
+            self.files.remove_tree(replaced)
+
+    def _copy_file(self, source: Path, target: Path, nbytes: int) -> None:
+        self.files.make_folder(target.parent)
+        if self.files.exists(target):
+            self.files.remove_file(target)
+        reading, writing = self.files.open_read(source), self.files.create(target, nbytes)
+        try:
+            buffer = memoryview(bytearray(min(_COPY_BYTES, max(1, nbytes))))
+            for at in range(0, nbytes, _COPY_BYTES):
+                chunk = buffer[: min(_COPY_BYTES, nbytes - at)]
+                reading.read_into(chunk, at)
+                writing.write_at(chunk, at)
+        finally:
+            reading.close()
+            writing.close()
+
+    def _write_file(self, target: Path, content: bytes) -> None:
+        if self.files.exists(target):
+            self.files.remove_file(target)
+        file = self.files.create(target, len(content))
+        try:
+            file.write_at(content, 0)
+        finally:
+            file.close()
+
+    def close(self) -> None:
+        """Give up the lock; `DST.partial` stays as it is."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+
+
+def _version() -> str:
+    from moeconv import __version__
+
+    return __version__
