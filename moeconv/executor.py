@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,9 +70,13 @@ def execute(
     try:
         tasks = [task for task in plan.tasks if task.id not in done]
         run = _Run(plan, writer, files, tasks, progress)
-        run.work()
+        run.start()
+        try:
+            manifest = build_manifest(plan, command)  # while the threads work
+        finally:
+            run.wait()
         _check_unchanged(plan, files)
-        writer.finish(build_manifest(plan, command))
+        writer.finish(manifest)
     finally:
         writer.close()
     nbytes = sum(task.nbytes for task in tasks)
@@ -89,6 +94,30 @@ def _check_unchanged(plan: Plan, files: Files) -> None:
             )
 
 
+class _Queue:
+    """Tasks by target file. File systems let one thread at a time write to a file, so each worker gets its own."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.lanes: dict[int, deque[Task]] = {}
+        for task in tasks:
+            self.lanes.setdefault(task.steps[0].target_file, deque()).append(task)
+        self.workers: Counter[int] = Counter()
+
+    def take(self, lane: int | None) -> Task | None:
+        """The next task for a worker whose last target file was `lane`; None when there is no more."""
+        if lane is not None and lane not in self.lanes:
+            lane = None
+        if lane is None:
+            if not self.lanes:
+                return None
+            lane = min(self.lanes, key=lambda file: (self.workers[file], file))
+            self.workers[lane] += 1
+        task = self.lanes[lane].popleft()
+        if not self.lanes[lane]:
+            del self.lanes[lane]
+        return task
+
+
 class _Run:
     def __init__(
         self, plan: Plan, writer: Writer, files: Files, tasks: Sequence[Task], progress: Progress | None
@@ -100,32 +129,36 @@ class _Run:
         self.progress = progress
         self.lock = threading.Lock()
         self.wake = threading.Condition(self.lock)
-        self.next = 0
+        self.queue = _Queue(self.tasks)
         self.done_nbytes = 0
         self.pending: list[Task] = []
         self.pending_nbytes = 0
         self.failure: BaseException | None = None
         self.stopped = False
         self.working = 0
+        self.threads: list[threading.Thread] = []
 
-    def work(self) -> None:
-        """Run all tasks; the first failure stops the others and is raised."""
-        total = sum(task.nbytes for task in self.tasks)
+    def start(self) -> None:
+        """Set the threads to work. `wait` must follow."""
         jobs = min(self.plan.memory.jobs, max(1, len(self.tasks)))
         self.working = jobs
-        threads = [threading.Thread(target=self._guarded, args=(self._take_tasks,)) for _ in range(jobs)]
-        threads.append(threading.Thread(target=self._guarded, args=(self._journal_tasks,)))
-        for thread in threads:
+        self.threads += [threading.Thread(target=self._guarded, args=(self._take_tasks,)) for _ in range(jobs)]
+        self.threads.append(threading.Thread(target=self._guarded, args=(self._journal_tasks,)))
+        for thread in self.threads:
             thread.start()
+
+    def wait(self) -> None:
+        """Until all tasks are done; the first failure stops the others and is raised."""
+        total = sum(task.nbytes for task in self.tasks)
         try:
-            for thread in threads:
+            for thread in self.threads:
                 while thread.is_alive():
                     thread.join(_POLL_SECONDS)
                     if self.progress:
                         self.progress(self.done_nbytes, total)
         finally:
             self._stop()  # an interrupt: the tasks at hand are finished and journalled, no new one begins
-            for thread in threads:
+            for thread in self.threads:
                 thread.join()
         if self.failure is not None:
             raise self.failure
@@ -146,13 +179,14 @@ class _Run:
     def _take_tasks(self) -> None:
         sources = [self.plan.source.root / file.path for file in self.plan.source.files]
         worker = Worker(self.files, sources, self.plan.memory.buffer)
+        lane: int | None = None
         try:
             while True:
                 with self.lock:
-                    if self.stopped or self.next >= len(self.tasks):
-                        return
-                    task = self.tasks[self.next]
-                    self.next += 1
+                    task = None if self.stopped else self.queue.take(lane)
+                if task is None:
+                    return
+                lane = task.steps[0].target_file
                 self._run_task(worker, task)
         finally:
             worker.close()
@@ -190,7 +224,6 @@ class _Run:
                 batch, self.pending, self.pending_nbytes = self.pending, [], 0
                 is_last = self.working == 0
             if batch:
-                touched = sorted({step.target_file for task in batch for step in task.steps})
-                self.writer.journal([task.id for task in batch], touched)
+                self.writer.journal(batch)
             if is_last:
                 return

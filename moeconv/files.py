@@ -21,6 +21,7 @@ from moeconv.errors import CheckpointError, OutputError
 
 #: Linux moves at most this many bytes in one read or write (`man 2 write`).
 MAX_IO_BYTES = 0x7FFFF000
+_HAS_PREADV = hasattr(os, "preadv")  # not on macOS before 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,8 @@ class ReadFile:
         Raises:
             CheckpointError: the file ends too early, or cannot be read.
         """
-        done = 0
         try:
+            done = self._pread(buffer, offset)  # one call is nearly always enough
             while done < len(buffer):
                 count = self._pread(buffer[done : done + MAX_IO_BYTES], offset + done)
                 if count == 0:
@@ -65,9 +66,9 @@ class ReadFile:
             _fail_reading(error, self.path)
 
     def _pread(self, buffer: memoryview, offset: int) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self._fd, [buffer], offset)
-        piece = os.pread(self._fd, len(buffer), offset)  # macOS before 11
+        if _HAS_PREADV:
+            return os.preadv(self._fd, (buffer,), offset)
+        piece = os.pread(self._fd, len(buffer), offset)
         buffer[: len(piece)] = piece
         return len(piece)
 
@@ -88,9 +89,9 @@ class WriteFile:
         Raises:
             OutputError: disk full, or not writable.
         """
-        view = memoryview(buffer)
-        done = 0
         try:
+            done = self._pwrite(buffer, offset)  # one call is nearly always enough
+            view = buffer if done == len(buffer) else memoryview(buffer)
             while done < len(view):
                 count = self._pwrite(view[done : done + MAX_IO_BYTES], offset + done)
                 if count == 0:
@@ -99,7 +100,7 @@ class WriteFile:
         except OSError as error:
             _fail_writing(error, self.path)
 
-    def _pwrite(self, buffer: memoryview, offset: int) -> int:
+    def _pwrite(self, buffer: memoryview | bytes, offset: int) -> int:
         return os.pwrite(self._fd, buffer, offset)
 
     def sync(self) -> None:

@@ -27,7 +27,7 @@ from moeconv.tensors import Spec
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 #: Bytes that one worker holds while it copies, and at least and at most while it rearranges.
-COPY_BUFFER_BYTES = 256 << 10
+COPY_BUFFER_BYTES = 512 << 10
 MIN_TILE_BYTES = 1 << 20
 MAX_TILE_BYTES = 16 << 20
 #: Peak RSS of a run without its buffers: interpreter, libraries, code (measured, `tests/bench/memory.py`).
@@ -205,14 +205,7 @@ def _place(
     """Files, the place of every target tensor (file number, byte offset), and the index."""
     specs = [spec for made in changes for spec in made.targets] + [tensor.spec for tensor in copied]
     specs.sort(key=lambda spec: natural_key(spec.name))
-    shards: list[list[Spec]] = [[]]
-    size = 0
-    for spec in specs:
-        if shards[-1] and size + spec.nbytes > options.max_shard_nbytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(spec)
-        size += spec.nbytes
+    shards = _shards(specs, options.max_shard_nbytes)
     metadata = _metadata(source)
     files: list[TargetFile] = []
     places: dict[str, tuple[int, int]] = {}
@@ -229,6 +222,35 @@ def _place(
     total = sum(spec.nbytes for spec in specs)
     content = {"metadata": {"total_size": total}, "weight_map": weight_map}
     return tuple(files), places, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _shards(specs: Sequence[Spec], most: int) -> list[list[Spec]]:
+    """Cut specs into as few files of at most `most` bytes as their order allows, of sizes as even as that allows.
+
+    Even files let every worker write to one of its own until the end.
+    """
+    wanted = len(_cut(specs, most))
+    low, high = sum(spec.nbytes for spec in specs) // wanted, most
+    for _ in range(8):
+        middle = (low + high) // 2
+        if len(_cut(specs, middle)) <= wanted:
+            high = middle
+        else:
+            low = middle
+    return _cut(specs, high)
+
+
+def _cut(specs: Sequence[Spec], most: int) -> list[list[Spec]]:
+    shards: list[list[Spec]] = [[]]
+    size = 0
+    for spec in specs:
+        nbytes = spec.nbytes
+        if shards[-1] and size + nbytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += nbytes
+    return shards
 
 
 def _metadata(source: Checkpoint) -> dict[str, str]:

@@ -30,12 +30,15 @@ def select_recipe(source: Checkpoint, given: str | None = None, layout: str | No
     made_with = recipe_of(source.manifest)
     if made_with is not None:
         return made_with
-    shipped = load_shipped()
     for model_type in model_types(source.config):
-        named = [recipe for recipe in shipped if model_type in recipe.model_types]
+        named = [recipe for recipe in load_shipped(model_type) if model_type in recipe.model_types]
+        if len(named) == 1:
+            return named[0]
         if named:
             return max(named, key=lambda recipe: _fit(find_units(source, recipe, _known(recipe, layout))))
-    fitting = [recipe.name for recipe in shipped if _is_clean(find_units(source, recipe, _known(recipe, layout)))]
+    fitting = [
+        recipe.name for recipe in load_shipped() if _is_clean(find_units(source, recipe, _known(recipe, layout)))
+    ]
     types = ", ".join(model_types(source.config)) or "nothing"
     raise PlanError(
         f"no recipe is for the model_type of {source.root} (config.json says {types})",

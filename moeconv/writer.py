@@ -11,7 +11,7 @@ A run that finds a journal of the same plan goes on where that one stopped.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from moeconv.explain import disk_of, size
 from moeconv.files import Files, WriteFile
 from moeconv.header import HeaderError, read_json
 from moeconv.plan import Plan, TargetFile, index_path
+from moeconv.steps import Task
 
 JOURNAL = ".moeconv-journal"
 _COPY_BYTES = 1 << 20
@@ -226,16 +227,16 @@ class Writer:
         """A handle of target file `number`; the caller closes it."""
         return self.files.open_write(self.partial / self.plan.files[number].path)
 
-    def journal(self, done: Sequence[str], touched: Iterable[int]) -> None:
-        """Make what was written to the files `touched` durable, then note the tasks `done`."""
+    def journal(self, tasks: Sequence[Task]) -> None:
+        """Make what `tasks` wrote durable, then note that they are done."""
         if self.fsync:
-            for number in touched:
+            for number in sorted({task.steps[0].target_file for task in tasks}):
                 file = self.target(number)
                 try:
                     file.sync()
                 finally:
                     file.close()
-        self._append({"done": list(done)})
+        self._append({"done": [task.id for task in tasks]})
 
     def finish(self, manifest: bytes) -> None:
         """Write all other files, make everything durable, and give the folder its name."""
