@@ -311,7 +311,7 @@ class _Trial:
         """Another component counts its experts in the same names, from another id on."""
         return any(
             other.pattern.ids is not None
-            and (other.pattern.before, other.pattern.after) == (rule.pattern.before, rule.pattern.after)
+            and other.pattern.fill("", 0) == rule.pattern.fill("", 0)
             for component in self.search.recipe.components
             if component is not self.component
             for other in component.rules.get(self.layout, ())

@@ -1,8 +1,9 @@
 """Tensor names: patterns with holes, natural order, and short ways to show many names.
 
 A `Pattern` such as `{block}.mlp.experts.{expert}.up_proj.weight` matches and makes names. `{block}` is
-whatever stands before (`model.layers.3`); every other hole is one canonical integer between dots, so that
-matching and filling are exact inverses. There are no regular expressions in recipes.
+whatever stands before (`model.layers.3`), behind a literal beginning where one is written (`visual.{block}.mlp`);
+`{expert}` is one canonical integer between dots, so that matching and filling are exact inverses. There are
+no regular expressions in recipes.
 """
 
 from __future__ import annotations
@@ -57,12 +58,14 @@ class Pattern:
 
     Attributes:
         text: as written.
+        lead: what every name begins with, before the block; usually empty.
         before: segments between `{block}` and the expert hole; all segments where there is no such hole.
         after: segments behind the expert hole.
         ids: what the expert hole runs over; None for a pattern without one.
     """
 
     text: str
+    lead: str
     before: str
     after: str
     ids: IdRange | None
@@ -74,9 +77,9 @@ class Pattern:
         Raises:
             PatternError: not a pattern.
         """
-        if not text.startswith(BLOCK + "."):
-            raise PatternError(f"{text!r} does not start with {BLOCK}.")
-        rest = text[len(BLOCK) + 1 :]
+        lead, hole_of_block, rest = text.partition(BLOCK + ".")
+        if not hole_of_block or (lead and not lead.endswith(".")) or "{" in lead:
+            raise PatternError(f"{text!r} does not start with {BLOCK}. or with LITERAL.{BLOCK}.")
         holes = list(_HOLE.finditer(rest))
         literal = _HOLE.sub("0", rest)
         if "{" in literal or "}" in literal:
@@ -86,21 +89,25 @@ class Pattern:
         if len(holes) > 1:
             raise PatternError(f"{text!r} has more than one {{expert}}")
         if not holes:
-            return cls(text, rest, "", None)
+            return cls(text, lead, rest, "", None)
         hole = holes[0]
         before, after = rest[: hole.start()], rest[hole.end() :]
         if (before and not before.endswith(".")) or (after and not after.startswith(".")):
             raise PatternError(f"{text!r}: {{expert}} must stand alone between dots")
-        return cls(text, before, after, _id_range(hole[1], text))
+        return cls(text, lead, before, after, _id_range(hole[1], text))
 
     def fill(self, block: str, expert: int) -> str:
         """The name for a block and an expert id as it stands in the file (ignored without an expert hole)."""
         if self.ids is None:
-            return f"{block}.{self.before}"
-        return f"{block}.{self.before}{expert}{self.after}"
+            return f"{self.lead}{block}.{self.before}"
+        return f"{self.lead}{block}.{self.before}{expert}{self.after}"
 
     def match(self, name: str) -> tuple[str, int] | None:
         """Block and expert id (0 without an expert hole) of a name that `fill` would make, else None."""
+        if self.lead:
+            if not name.startswith(self.lead):
+                return None
+            name = name[len(self.lead) :]
         if self.ids is None:
             block = name.removesuffix("." + self.before)
             return (block, 0) if block != name and block else None

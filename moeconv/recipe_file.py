@@ -149,9 +149,10 @@ class _Reader:
             self.rules.pop(layout, None)
             return
         self.aliases.pop(layout, None)
-        rules = self.rules.setdefault(layout, [])
-        for tensor, made_of in value.items():
-            rules.append(_rule(tensor, made_of))
+        rules = [_rule(tensor, made_of) for tensor, made_of in value.items()]
+        said = {part for rule in rules for part in parts_of(rule.value)}
+        inherited = [rule for rule in self.rules.get(layout, []) if not said & set(parts_of(rule.value))]
+        self.rules[layout] = inherited + rules
 
     def read(self, text: str) -> Recipe:
         root = self.collect(text)
@@ -180,7 +181,7 @@ class _Reader:
         for rule in every:
             if rule.pattern.ids is not None:
                 ids.update((part, rule.pattern) for part in parts_of(rule.value))
-        for rule in every:
+        for rule in sorted(every, key=lambda rule: rule.pattern.ids is None):  # one expert's own tensor says it best
             if isinstance(rule.value, Part):
                 is_stacked = rule.pattern.ids is None and rule.value.name in ids
                 claims.setdefault(rule.value.name, rule.claim[1:] if is_stacked else rule.claim)
@@ -235,7 +236,7 @@ def _with_same_block(groups: list[set[str]], rules: Mapping[str, Iterable[Rule]]
     for layout_rules in rules.values():
         for rule in layout_rules:
             if rule.pattern.ids is not None:
-                place_of = f"{rule.pattern.before}|{rule.pattern.ids.start}|{rule.pattern.ids.stop}"
+                place_of = f"{rule.pattern.lead}|{rule.pattern.before}|{rule.pattern.ids.start}|{rule.pattern.ids.stop}"
                 for part in parts_of(rule.value):
                     stems[part] = place_of
     joined: dict[str, set[str]] = {}
