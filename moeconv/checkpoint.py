@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -103,20 +104,19 @@ class _Opening:
     files: Files
     problems: list[Problem] = field(default_factory=list)
 
-    def json(self, name: str, limit: int) -> Any:
+    def mapping(self, name: str, limit: int) -> dict[str, Any] | None:
+        """The JSON object in a file; None, with a problem noted, where there is none."""
         try:
-            return read_json(self.files.read_bytes(self.root / name, limit))
+            value = read_json(self.files.read_bytes(self.root / name, limit))
         except HeaderError as error:
             self.problems.append(Problem(f"{self.root / name}: {error}", "Download the file again."))
         except CheckpointError as error:
             self.problems += error.problems
-        return None
-
-    def mapping(self, name: str, limit: int) -> dict[str, Any]:
-        value = self.json(name, limit)
-        if value is not None and not isinstance(value, dict):
+        else:
+            if isinstance(value, dict):
+                return value
             self.problems.append(Problem(f"{self.root / name} is not a JSON object", "Download the file again."))
-        return value if isinstance(value, dict) else {}
+        return None
 
 
 def open_checkpoint(root: Path, files: Files | None = None, include: tuple[str, ...] = ()) -> Checkpoint:
@@ -141,8 +141,8 @@ def open_checkpoint(root: Path, files: Files | None = None, include: tuple[str, 
             unreadable.append(path)
         else:
             found[path] = entry
-    config = opening.mapping(CONFIG, MAX_CONFIG_BYTES) if CONFIG in found else {}
-    manifest = opening.mapping(MANIFEST, MAX_INDEX_BYTES) if MANIFEST in found else {}
+    config = (opening.mapping(CONFIG, MAX_CONFIG_BYTES) if CONFIG in found else None) or {}
+    manifest = (opening.mapping(MANIFEST, MAX_INDEX_BYTES) if MANIFEST in found else None) or {}
     weight_map, total_size = _weight_map(opening, found)
     names = sorted({*(name for name in weight_map.values()), *include}) if weight_map else sorted(include)
     for name in include:
@@ -189,10 +189,11 @@ def _weight_map(opening: _Opening, found: Mapping[str, FileStat]) -> tuple[dict[
             )
         return {}, None
     parsed = opening.mapping(index, MAX_INDEX_BYTES)
+    if parsed is None:
+        return {}, None
     weight_map = parsed.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        if parsed:
-            opening.problems.append(Problem(f"{root / index} has no weight_map", "Download the index again."))
+        opening.problems.append(Problem(f"{root / index} has no weight_map", "Download the index again."))
         return {}, None
     valid: dict[str, str] = {}
     for name, file in weight_map.items():
@@ -207,7 +208,7 @@ def _weight_map(opening: _Opening, found: Mapping[str, FileStat]) -> tuple[dict[
             valid[name] = file
     metadata = parsed.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return valid, int(total) if isinstance(total, int | float) else None
+    return valid, int(total) if type(total) is int or (isinstance(total, float) and isfinite(total)) else None
 
 
 def _read_headers(

@@ -205,11 +205,11 @@ class Files:
         return os.path.lexists(path)
 
     def is_folder(self, path: Path) -> bool:
-        return path.is_dir()
+        return os.path.isdir(path)
 
     def free_bytes(self, path: Path) -> int:
         """Bytes that an ordinary user may still write on the disk of the nearest existing parent of `path`."""
-        while not path.exists() and path != path.parent:
+        while not os.path.exists(path) and path != path.parent:
             path = path.parent
         return shutil.disk_usage(path).free
 

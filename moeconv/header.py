@@ -41,14 +41,19 @@ def read_json(text: bytes) -> Any:
     """Parse JSON that must not repeat a key.
 
     Raises:
-        HeaderError: not JSON, nested too deeply, or with a repeated key.
+        HeaderError: not JSON, nested too deeply, with a repeated key, or with text that is not Unicode.
     """
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        if b"\\u" in text:  # an escape can spell half a character, which could not be written again
+            json.dumps(parsed, ensure_ascii=False).encode()
+        return parsed
     except _RepeatedKey as error:
         raise HeaderError(f"the key {str(error)!r} stands there twice") from None
     except UnicodeDecodeError:
         raise HeaderError("not UTF-8 text") from None
+    except UnicodeEncodeError:
+        raise HeaderError("text that is not Unicode") from None
     except RecursionError:
         raise HeaderError("JSON nested too deeply") from None
     except ValueError as error:
@@ -123,7 +128,7 @@ def _entry(name: str, entry: Any) -> tuple[int, int, Spec]:
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
         raise HeaderError(f"{name[:200]!r} has the data_offsets {str(offsets)[:100]}")
     bits = prod(shape) * DTYPE_BITS[dtype]
-    if bits % 8 or bits >> 66:
+    if bits % 8 or prod(size or 1 for size in shape) * DTYPE_BITS[dtype] >> 64:  # the library counts bits in 64 bits
         raise HeaderError(f"{name[:200]!r} {dtype} {shape} has no possible size in bytes")
     if offsets[1] - offsets[0] != bits // 8:
         raise HeaderError(

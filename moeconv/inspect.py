@@ -69,9 +69,10 @@ def _experts(units: list[Unit]) -> list[dict[str, Any]]:
 
 def inspect_text(report: dict[str, Any]) -> str:
     """`inspect_json` for a terminal."""
+    named = report["architectures"] or []
     lines = [
         f"{report['source']}",
-        f"  model      {report['model_type']}  {', '.join(report['architectures'] or [])}",
+        f"  model      {report['model_type']}  {', '.join(map(str, named if isinstance(named, list) else [named]))}",
         f"  recipe     {report['recipe'] or 'none: no shipped recipe is for this model_type'}",
     ]
     for group in report["experts"]:

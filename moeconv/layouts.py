@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from moeconv.checkpoint import Checkpoint, StoredTensor
 from moeconv.dims import Dim
 from moeconv.errors import Problem
-from moeconv.names import natural_key, ranges, template_of
-from moeconv.ops import parts_of
+from moeconv.names import gaps, natural_key, ranges, template_of
+from moeconv.ops import Expression, parts_of
 from moeconv.recipe import LAYOUTS, Component, Recipe, Rule
 from moeconv.tensors import Shape
 
@@ -45,6 +45,11 @@ class Unit:
     def tensors(self) -> list[StoredTensor]:
         """All tensors of the unit."""
         return [tensor for _, hits in self.hits for tensor in hits.values()]
+
+
+def layout_lines(component: Component, layout: str) -> set[tuple[Pattern, tuple[Dim, ...], Expression]]:
+    """What a layout says of a component; layouts that say the same are one."""
+    return {(rule.pattern, rule.claim, rule.value) for rule in component.rules[layout]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +151,7 @@ class _Search:
         others = [trial for trial in trials.values() if trial is not best and trial.names - best.names]
         if others and (best.share == 1 or len(fits) > 1):
             self._both_layouts(block, best, others)
-        elif len(fits) > 1:
+        elif len({frozenset(layout_lines(component, trial.layout)) for trial in fits}) > 1:
             names = " or ".join(trial.layout for trial in fits)
             self.problems.append(
                 Problem(
@@ -196,6 +201,7 @@ class _Trial:
         return set(parts_of(self.rules[number].value)) <= self.search.recipe.optional
 
     def run(self) -> None:
+        self._narrow()
         self._bind_from_shapes()
         self._bind_from_config()
         self._bind_from_ids()
@@ -212,6 +218,24 @@ class _Trial:
                 sizes = [dim.value(self.sizes) for dim in recipe.part_claims[part]]
                 shapes[part] = tuple(size for size in sizes if size is not None)
         return Unit(self.component, self.block, self.layout, self.sizes, shapes, hits)
+
+    def _narrow(self) -> None:
+        """Leave ids to the component that counts them, where two count their experts in the same names."""
+        single = {symbol: next(iter(sizes)) for symbol, sizes in self.search.allowed.items() if len(sizes) == 1}
+        for number in list(self.hits):
+            ids = self.rules[number].pattern.ids
+            if ids is None or not self._shares_names(self.rules[number]):
+                continue
+            start, stop = ids.start.value(single), ids.stop.value(single)
+            if start is None or stop is None:
+                self._problem(
+                    f"config.json does not say where the experts {ids.start}..{ids.stop} begin and end",
+                    f"Restore config.json: it must give {', '.join(sorted(ids.stop.symbols()))}.",
+                )
+                continue
+            self.hits[number] = {id_: tensor for id_, tensor in self.hits[number].items() if start <= id_ < stop}
+            if not self.hits[number]:
+                del self.hits[number]
 
     def _bind_from_shapes(self) -> None:
         claims = [(self.rules[number].claim, _usual_shape(hits)) for number, hits in self.hits.items()]
@@ -240,11 +264,12 @@ class _Trial:
         self._bind_from_shapes()  # folded shapes such as [E*I, H] now have one unknown less
 
     def _bind_from_ids(self) -> None:
+        known = dict(self.sizes)
         for number, hits in self.hits.items():
             ids = self.rules[number].pattern.ids
             if ids is None:
                 continue
-            solved = ids.stop.solve(max(hits) + 1, self.sizes)
+            solved = ids.stop.solve(max(hits) + 1, known) or ids.stop.solve(max(hits) + 1, self.sizes)
             if solved:
                 self.sizes[solved[0]] = max(solved[1], self.sizes.get(solved[0], 0))
 
@@ -286,18 +311,10 @@ class _Trial:
             start, stop = ids.start.value(self.sizes), ids.stop.value(self.sizes)
             if start is None or stop is None:
                 continue
-            if self._shares_names(rule):
-                self.hits[number] = hits = {id_: tensor for id_, tensor in hits.items() if start <= id_ < stop}
-            if not hits:
-                del self.hits[number]
-                continue
-            missing, extra = (
-                sorted(set(range(start, stop)) - hits.keys()),
-                sorted(hits.keys() - set(range(start, stop))),
-            )
+            missing, extra = gaps(hits, start, stop), [id_ for id_ in hits if not start <= id_ < stop]
             if missing:
                 self._problem(
-                    f"{_shown(rule)} has {len(hits)} of {stop - start} experts; missing: {ranges(missing)}"
+                    f"{_shown(rule)} has {len(hits) - len(extra)} of {stop - start} experts; missing: {missing}"
                     + (f"; beyond the last: {ranges(extra)}" if extra else ""),
                     "Download the shards that should hold them again; experts are never renumbered.",
                 )
@@ -310,8 +327,7 @@ class _Trial:
     def _shares_names(self, rule: Rule) -> bool:
         """Another component counts its experts in the same names, from another id on."""
         return any(
-            other.pattern.ids is not None
-            and other.pattern.fill("", 0) == rule.pattern.fill("", 0)
+            other.pattern.ids is not None and other.pattern.fill("", 0) == rule.pattern.fill("", 0)
             for component in self.search.recipe.components
             if component is not self.component
             for other in component.rules.get(self.layout, ())

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from moeconv.dims import Dim, DimSyntaxError, parse_dim
 
 BLOCK = "{block}"
-_DIGITS = re.compile(r"(\d+)")
+_DIGITS = re.compile(r"([0-9]{1,18})")
 _HOLE = re.compile(r"\{expert(?::([^}]*))?\}")
 
 
@@ -41,7 +41,8 @@ def template_of(name: str) -> tuple[str, tuple[int, ...]]:
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key under which `layers.2` comes before `layers.10`."""
-    return tuple((0, int(part), part) if part.isdigit() else (1, 0, part) for part in _DIGITS.split(name) if part)
+    parts = _DIGITS.split(name)  # text and digits in turn
+    return tuple((0, int(part), part) if turn % 2 else (1, 0, part) for turn, part in enumerate(parts) if part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,13 @@ def ranges(numbers: Iterable[int]) -> str:
             runs[-1][1] = number
         else:
             runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}..{last}" for first, last in runs)
+
+
+def gaps(numbers: Iterable[int], start: int, stop: int) -> str:
+    """The numbers from `start` to `stop` (excluded) that are not there, as `ranges` shows them; empty for none."""
+    edges = [start - 1, *sorted({number for number in numbers if start <= number < stop}), stop]
+    runs = [(left + 1, right - 1) for left, right in zip(edges, edges[1:], strict=False) if right - left > 1]
     return ",".join(str(first) if first == last else f"{first}..{last}" for first, last in runs)
 
 

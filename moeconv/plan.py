@@ -18,7 +18,7 @@ from moeconv.checkpoint import INDEX, SINGLE, Checkpoint, StoredTensor
 from moeconv.engines import Reading, readings
 from moeconv.errors import PlanError, Problem, UsageError
 from moeconv.header import build_header, in_file_order
-from moeconv.layouts import Unit, find_units
+from moeconv.layouts import Unit, find_units, layout_lines
 from moeconv.moves import Change, Fill, change, copy_of
 from moeconv.names import natural_key
 from moeconv.recipe import Recipe
@@ -170,9 +170,7 @@ def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | Non
 
 def _is_already(unit: Unit, layout: str) -> bool:
     """The unit is stored as `layout` says, under that layout's name or another's with the same lines."""
-    rules = unit.component.rules
-    has, wants = ({(rule.pattern, rule.claim, rule.value) for rule in rules[name]} for name in (unit.layout, layout))
-    return has == wants
+    return layout_lines(unit.component, unit.layout) == layout_lines(unit.component, layout)
 
 
 def _target_problems(changes: Sequence[Change], copied: Sequence[StoredTensor], fills: Sequence[Fill]) -> list[Problem]:

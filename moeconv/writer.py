@@ -11,6 +11,7 @@ A run that finds a journal of the same plan goes on where that one stopped.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def check_destination(source: Path, destination: Path) -> None:
     Raises:
         OutputError: such a destination.
     """
-    source, resolved = source.resolve(), destination.resolve()
+    source, resolved = (Path(os.path.realpath(path)) for path in (source, destination))  # also of a circle of links
     if resolved == source or source in resolved.parents or resolved in source.parents:
         raise OutputError(
             f"the destination {destination} and the source {source} lie in one another",

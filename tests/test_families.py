@@ -1,0 +1,99 @@
+"""transformers as oracle: a packed folder loads with the very parameters of the source, and comes back byte for byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from moeconv.checkpoint import open_checkpoint
+from moeconv.engines import entries
+from moeconv.executor import execute
+from moeconv.layouts import find_units
+from moeconv.plan import Options, plan
+from moeconv.recipe_file import load_shipped
+from moeconv.selection import select_recipe
+from tests.families import NOT_BUILT, build, save_published
+from tests.folders import read_folder
+
+MODEL_TYPES = sorted({name for recipe in load_shipped() for name in recipe.model_types} - set(NOT_BUILT))
+
+#: transformers holds rows for experts that compute nothing; what a file says of them is not carried over.
+UNUSED_ROWS = {"longcat_flash": "gate_up_proj"}
+
+
+def convert(source: Path, target: Path, layout: str, **options: object) -> Path:
+    checkpoint = open_checkpoint(source)
+    made = plan(checkpoint, select_recipe(checkpoint), layout, Options(**options))  # type: ignore[arg-type]
+    execute(made, target, ["test"], fsync=False)
+    return target
+
+
+def assert_same_parameters(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    """The folder loads, without a missing or unexpected name, with exactly the parameters and buffers of `model`."""
+    loaded, report = type(model).from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert not report["mismatched_keys"]
+    wanted, found = model.state_dict(), loaded.state_dict()
+    assert wanted.keys() == found.keys()
+    for name, tensor in wanted.items():
+        other = found[name]
+        unused = UNUSED_ROWS.get(model.config.model_type)
+        if unused and name.endswith(unused):
+            tensor, other = tensor[: model.config.n_routed_experts], other[: model.config.n_routed_experts]
+        assert tensor.shape == other.shape, name
+        assert torch.equal(tensor.to(other.dtype), other), name  # the loader keeps some in float32
+    return loaded.eval()
+
+
+def layout_of(folder: Path) -> str:
+    """Layout of the source: `hub`, or `packed` where transformers saves a part of a model as it holds it."""
+    checkpoint = open_checkpoint(folder)
+    recipe = select_recipe(checkpoint)
+    layouts = {unit.layout for unit in find_units(checkpoint, recipe).units}
+    return "hub" if recipe.layout("hub") in layouts else layouts.pop()
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_packed_loads_with_the_parameters_of_the_source(model_type: str, tmp_path: Path) -> None:
+    model = build(model_type, seed=len(model_type))
+    source = tmp_path / "source"
+    save_published(model, source)
+    published = read_folder(source)
+    packed = convert(source, tmp_path / "packed", "packed", max_shard_nbytes=70_000)
+    experts = convert(packed, tmp_path / "experts", "experts")
+    back = convert(experts, tmp_path / "back", layout_of(source), max_shard_nbytes=50_000)
+    assert read_folder(back) == published
+    names = read_folder(experts).keys()
+    assert any(".experts.11." in name for name in names)
+    assert not any(".experts.11." in name for name in read_folder(packed))
+    assert_same_parameters(model, packed)
+
+
+LOGITS = (
+    "qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss", "llama4_text", "granitemoe", "nemotron_h",
+    "ernie4_5_moe", "qwen3_vl_moe", "phimoe", "hunyuan_v1_moe", "jetmoe", "dbrx",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", LOGITS)
+def test_packed_gives_identical_logits(model_type: str, tmp_path: Path) -> None:
+    model = build(model_type, seed=7)
+    save_published(model, tmp_path / "source")
+    loaded = assert_same_parameters(model, convert(tmp_path / "source", tmp_path / "packed", "packed"))
+    model = type(model).from_pretrained(tmp_path / "source", dtype=torch.bfloat16).eval()
+    tokens = torch.arange(2, 14).reshape(2, 6)
+    with torch.no_grad():
+        wanted, found = (m(input_ids=tokens)[0] for m in (model, loaded))
+    assert torch.isfinite(wanted).all()
+    assert torch.equal(wanted, found)
+
+
+def test_every_model_type_that_the_engine_table_promises_is_tested_here() -> None:
+    for entry in entries():
+        if entry.engine == "transformers" and entry.reads == "yes":
+            assert entry.model_types <= set(MODEL_TYPES)
