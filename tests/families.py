@@ -49,6 +49,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 4, "rope_theta": 10000.0, "clip_qkv": 8.0},
     },
     "Dots3NoteVisionConfig": {"pyramid_num_routed": [4, 11], "adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
+    "Dots3NoteAudioConfig": {"adapter_input_size": HIDDEN, "adapter_output_size": HIDDEN},
     "BeamConfig": {"mlp_layer_types": ["dense", "sparse"]},
     "Step3p7TextConfig": {"mlp_layer_types": ["dense", "sparse"]},
     "FlintConfig": {"mlp_only_layers": [0]},

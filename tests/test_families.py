@@ -93,6 +93,26 @@ def test_packed_gives_identical_logits(model_type: str, tmp_path: Path) -> None:
     assert torch.equal(wanted, found)
 
 
+OTHER_LAYOUTS = [
+    (entry.layout, model_type, entry.reads)
+    for entry in entries()
+    if entry.engine == "transformers" and entry.layout != "packed"
+    for model_type in sorted(entry.model_types)
+]
+
+
+@pytest.mark.parametrize(("layout", "model_type", "reads"), OTHER_LAYOUTS)
+def test_the_engine_table_is_right(layout: str, model_type: str, reads: str, tmp_path: Path) -> None:
+    model = build(model_type, seed=3)
+    save_published(model, tmp_path / "source")
+    made = convert(tmp_path / "source", tmp_path / "made", layout)
+    if reads == "yes":
+        assert_same_parameters(model, made)
+    else:
+        with pytest.raises((AssertionError, RuntimeError)):
+            assert_same_parameters(model, made)
+
+
 def test_every_model_type_that_the_engine_table_promises_is_tested_here() -> None:
     for entry in entries():
         if entry.engine == "transformers" and entry.reads == "yes":
