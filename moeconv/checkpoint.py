@@ -23,6 +23,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
 MANIFEST = "moeconv.json"
+#: Notes of an unfinished run; a run that dies right behind its last step leaves it in a finished folder.
+JOURNAL = ".moeconv-journal"
 MAX_INDEX_BYTES = 200_000_000
 MAX_CONFIG_BYTES = 20_000_000
 
@@ -303,7 +305,7 @@ def _others(
     left_out: list[LeftOut] = []
     own_index = {INDEX} if "" not in weight_map else set()
     for path, entry in found.items():
-        if path in weights or path in own_index or path == MANIFEST:
+        if path in weights or path in own_index or path in (MANIFEST, JOURNAL):
             continue
         folder = path.split("/", 1)[0] if "/" in path else ""
         why = ""

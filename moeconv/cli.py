@@ -37,6 +37,7 @@ recipes_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Lis
 app.add_typer(plan_app, name="plan")
 app.add_typer(recipes_app, name="recipes")
 
+INTERRUPTED = 130
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}B": size for unit, size in _UNITS.items() if len(unit) == 1 and unit != "B"}
 _UNITS |= {f"{unit}iB": 1024**power for power, unit in enumerate("KMGT", 1)}
@@ -82,12 +83,20 @@ def parse_size(text: str, option: str) -> int:
     Raises:
         UsageError: not a size above zero.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", text)
     unit = next((unit for unit in _UNITS if match and unit.lower() == match[2].lower()), None)
     nbytes = int(float(match[1]) * _UNITS[unit]) if match and unit is not None else 0
     if nbytes <= 0:
         raise UsageError(f"{option} {text!r} is not a size", "Write a number with a unit: 500MB, 4GiB.")
     return nbytes
+
+
+def _check_layouts(to: str | None, layout: str | None) -> None:
+    from moeconv.recipe import LAYOUTS
+
+    for option, value in (("--to", to), ("--layout", layout)):
+        if value is not None and value not in LAYOUTS:
+            raise UsageError(f"{option} {value!r} is no layout", f"Known: {', '.join(LAYOUTS)}.")
 
 
 def _make_plan(
@@ -102,16 +111,13 @@ def _make_plan(
 ) -> Plan:
     from moeconv.checkpoint import open_checkpoint
     from moeconv.plan import Options, plan
-    from moeconv.recipe import LAYOUTS
     from moeconv.selection import select_recipe
 
-    for option, value in (("--to", to), ("--layout", layout)):
-        if value is not None and value not in LAYOUTS:
-            raise UsageError(f"{option} {value!r} is no layout", f"Known: {', '.join(LAYOUTS)}.")
+    _check_layouts(to, layout)
     options = Options(
         max_shard_nbytes=parse_size(max_shard_size, "--max-shard-size"),
         jobs=jobs,
-        max_memory=parse_size(max_memory, "--max-memory") if max_memory else None,
+        max_memory=parse_size(max_memory, "--max-memory") if max_memory is not None else None,
         layout=layout,
         include=tuple(include or ()),
     )
@@ -277,6 +283,7 @@ def verify(
     from moeconv.explain import size
     from moeconv.verify import verify_folder
 
+    _check_layouts(None, layout)
     report = verify_folder(open_checkpoint(folder), against, recipe, layout, jobs)
     if as_json:
         _print_json(report.json())
@@ -299,6 +306,7 @@ def inspect(
     from moeconv.inspect import inspect_json, inspect_text
     from moeconv.selection import select_recipe
 
+    _check_layouts(None, layout)
     checkpoint = open_checkpoint(source)
     try:
         found = select_recipe(checkpoint, recipe, layout)
@@ -384,13 +392,15 @@ def _guarded(run: Callable[[], None]) -> int:
     except MoeconvError as error:
         print(f"moeconv: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("moeconv: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except SystemExit as error:
+    except OSError as error:  # what nobody has worded: a full disk behind stdout, a path that no system call takes
+        print(f"moeconv: {error}\n  -> Check that path and its disk, then run again.", file=sys.stderr)
+        return 1
+    except SystemExit as error:  # how typer ends: usage errors, --help, and an interrupt
+        if error.code == INTERRUPTED:
+            print("moeconv: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return error.code if isinstance(error.code, int) else 1
     return 0
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeconv.checkpoint import WeightFile
 from moeconv.errors import CheckpointError
-from moeconv.files import Files, WriteFile
+from moeconv.files import Files, FileStat, Rows, WriteFile
 from moeconv.manifest import build_manifest
 from moeconv.plan import Plan
 from moeconv.steps import Task
@@ -66,8 +67,8 @@ def execute(
     writer = Writer(plan, destination, files, fsync=fsync, overwrite=overwrite)
     if writer.is_finished():
         return Outcome(False, 0, 0, time.monotonic() - began)
-    done = writer.open()
     try:
+        done = writer.open()
         tasks = [task for task in plan.tasks if task.id not in done]
         run = _Run(plan, writer, files, tasks, progress)
         run.start()
@@ -85,7 +86,8 @@ def execute(
 
 
 def _check_unchanged(plan: Plan, files: Files) -> None:
-    for file in plan.source.files:
+    read: tuple[WeightFile | FileStat, ...] = (*plan.source.files, *plan.source.sidecars)
+    for file in read:
         now = files.stat(plan.source.root / file.path)
         if (now.nbytes, now.mtime_ns) != (file.nbytes, file.mtime_ns):
             raise CheckpointError(
@@ -209,8 +211,11 @@ class _Run:
                 self.wake.notify_all()
 
     def _sink(self, target: WriteFile) -> Sink:
-        def write(_: int, offset: int, content: memoryview) -> None:
-            target.write_at(content, offset)
+        def write(_: int, offset: int, content: memoryview, rows: Rows | None) -> None:
+            if rows is None:
+                target.write_at(content, offset)
+            else:
+                target.write_rows(content, offset, rows)
             self.done_nbytes += len(content)  # only shown: a lost update does no harm
 
         return write

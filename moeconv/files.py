@@ -39,6 +39,16 @@ class FileStat:
     mtime_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """`count` runs of `nbytes` bytes, `stride` bytes apart in a file and `pitch` bytes apart in memory."""
+
+    count: int
+    nbytes: int
+    stride: int
+    pitch: int
+
+
 class ReadFile:
     """An open file to read ranges from. Safe to use from several threads."""
 
@@ -62,6 +72,22 @@ class ReadFile:
                         "The file became shorter while it was read: restore it and run again.",
                     )
                 done += count
+        except OSError as error:
+            _fail_reading(error, self.path)
+
+    def read_rows(self, buffer: memoryview, offset: int, rows: Rows) -> None:
+        """Fill `buffer` with rows that lie apart in the file; in the buffer they lie `rows.pitch` apart.
+
+        Raises:
+            CheckpointError: the file ends too early, or cannot be read.
+        """
+        pread, nbytes, stride = self._pread, rows.nbytes, rows.stride
+        try:
+            for at in range(0, rows.count * rows.pitch, rows.pitch):
+                piece = buffer[at : at + nbytes]
+                if pread(piece, offset) != nbytes:
+                    self.read_into(piece, offset)
+                offset += stride
         except OSError as error:
             _fail_reading(error, self.path)
 
@@ -97,6 +123,22 @@ class WriteFile:
                 if count == 0:
                     raise OSError(errno.EIO, "nothing was written")
                 done += count
+        except OSError as error:
+            _fail_writing(error, self.path)
+
+    def write_rows(self, buffer: memoryview, offset: int, rows: Rows) -> None:
+        """Write rows that are to lie apart in the file; in the buffer they lie `rows.pitch` apart.
+
+        Raises:
+            OutputError: disk full, or not writable.
+        """
+        pwrite, nbytes, stride = self._pwrite, rows.nbytes, rows.stride
+        try:
+            for at in range(0, rows.count * rows.pitch, rows.pitch):
+                piece = buffer[at : at + nbytes]
+                if pwrite(piece, offset) != nbytes:
+                    self.write_at(piece, offset)
+                offset += stride
         except OSError as error:
             _fail_writing(error, self.path)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from moeconv.checkpoint import Checkpoint, StoredTensor
 from moeconv.dims import Dim
 from moeconv.errors import Problem
-from moeconv.names import gaps, natural_key, ranges, template_of
+from moeconv.names import Pattern, gaps, natural_key, ranges, template_of
 from moeconv.ops import Expression, parts_of
 from moeconv.recipe import LAYOUTS, Component, Recipe, Rule
 from moeconv.tensors import Shape

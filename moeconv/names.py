@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from moeconv.dims import Dim, DimSyntaxError, parse_dim
 
@@ -154,7 +155,7 @@ def ranges(numbers: Iterable[int]) -> str:
 def gaps(numbers: Iterable[int], start: int, stop: int) -> str:
     """The numbers from `start` to `stop` (excluded) that are not there, as `ranges` shows them; empty for none."""
     edges = [start - 1, *sorted({number for number in numbers if start <= number < stop}), stop]
-    runs = [(left + 1, right - 1) for left, right in zip(edges, edges[1:], strict=False) if right - left > 1]
+    runs = [(left + 1, right - 1) for left, right in pairwise(edges) if right - left > 1]
     return ",".join(str(first) if first == last else f"{first}..{last}" for first, last in runs)
 
 

@@ -26,12 +26,13 @@ from moeconv.steps import Rearrange, Step, Task, needs_whole_bytes, steps_of, ta
 from moeconv.tensors import Spec
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-#: Bytes that one worker holds while it copies, and at least and at most while it rearranges.
+#: Bytes that one worker holds while it copies.
 COPY_BUFFER_BYTES = 512 << 10
+#: Bytes that one worker holds at least while it rearranges, and all workers together by default.
 MIN_TILE_BYTES = 1 << 20
-MAX_TILE_BYTES = 16 << 20
+ALL_TILES_BYTES = 64 << 20
 #: Peak RSS of a run without its buffers: interpreter, libraries, code (measured, `tests/bench/memory.py`).
-BASELINE_BYTES = 80 << 20
+BASELINE_BYTES = 64 << 20
 #: Growth of RSS for each tensor name of source and target together (measured, `tests/bench/memory.py`).
 NAME_BYTES = 3000
 
@@ -264,7 +265,8 @@ def _memory(source: Checkpoint, files: Sequence[TargetFile], tasks: Sequence[Tas
     jobs = min(options.jobs or min(8, os.cpu_count() or 1), max(1, len(tasks)))
     names = (len(source.tensors) + sum(len(file.specs) for file in files)) * NAME_BYTES
     rearranges = any(isinstance(step, Rearrange) for task in tasks for step in task.steps)
-    smallest, wanted = (MIN_TILE_BYTES, MAX_TILE_BYTES) if rearranges else (COPY_BUFFER_BYTES, COPY_BUFFER_BYTES)
+    smallest = MIN_TILE_BYTES if rearranges else COPY_BUFFER_BYTES
+    wanted = max(MIN_TILE_BYTES, ALL_TILES_BYTES // jobs) if rearranges else COPY_BUFFER_BYTES
     if options.max_memory is None:
         return Memory(BASELINE_BYTES, names, jobs, wanted)
     room = options.max_memory - BASELINE_BYTES - names

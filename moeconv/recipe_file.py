@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def recipe_text(name_or_path: str) -> tuple[str, Path]:
         RecipeError: no such recipe, or not a readable text file.
     """
     path = shipped_folder() / f"{name_or_path}.yaml" if name_or_path in shipped_names() else Path(name_or_path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise RecipeError(
             f"there is no recipe {name_or_path!r}, neither shipped nor as a file",
             nearest(name_or_path, shipped_names()),

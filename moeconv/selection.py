@@ -25,7 +25,7 @@ def select_recipe(source: Checkpoint, given: str | None = None, layout: str | No
         PlanError: none, with those that would fit.
         RecipeError: the given one does not exist or hold together.
     """
-    if given:
+    if given is not None:
         return load_recipe(given)
     made_with = recipe_of(source.manifest)
     if made_with is not None:

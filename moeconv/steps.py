@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
+from itertools import product
+from math import isqrt, prod
 
 from moeconv.moves import Fill
 from moeconv.tensors import DTYPE_BITS, Shape, View, row_major_strides
@@ -227,42 +228,81 @@ def _cut(step: Step) -> Iterator[Step]:
 Ranges = tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """A part of a `Rearrange` that fits in memory: index ranges (first, last excluded) of the block's axes.
+def is_transposed(step: Rearrange) -> bool:
+    """Some piece has another axis order in its source than in the target."""
+    return any(
+        target.of != source.of
+        for piece in step.pieces
+        for target, source in zip(piece.target_view.axes, piece.source_view.axes, strict=True)
+    )
 
-    Its elements are one run of the target.
+
+def tiles_of(step: Rearrange, tile_nbytes: int) -> Iterator[Ranges]:
+    """Cut a step into index ranges (first, last excluded) of the block's axes that fit in memory.
+
+    Without a transpose a tile is a strip of whole rows. With one it is about square, so that neither reading
+    nor writing falls into tiny runs.
+
+    Args:
+        step: what to cut.
+        tile_nbytes: most bytes of a tile; one element is always allowed.
     """
-
-    ranges: Ranges
-    target_offset: int
-    nbytes: int
-
-
-def tiles_of(step: Rearrange, tile_nbytes: int) -> Iterator[Tile]:
-    """Cut a step into runs of at most `tile_nbytes` bytes (at least one element)."""
-    strides = row_major_strides(step.block)
-    axis = len(step.block) - 1
-    inner = 1
-    while axis > 0 and inner * step.block[axis] * step.item_nbytes <= tile_nbytes:
-        inner *= step.block[axis]
-        axis -= 1
-    length = max(1, tile_nbytes // (inner * step.item_nbytes))
     bounds = ((step.first, step.last), *((0, size) for size in step.block[1:]))
-    full = bounds[axis + 1 :]
+    sizes = [last - first for first, last in bounds]
+    room = max(1, tile_nbytes // step.item_nbytes)
+    most = [1] * len(sizes)
+    if is_transposed(step):
+        most[-2] = min(sizes[-2], max(1, isqrt(room)))
+        most[-1] = min(sizes[-1], max(1, room // most[-2]))
+        most[-2] = min(sizes[-2], max(1, room // most[-1]))
+    else:
+        for axis in range(len(sizes) - 1, -1, -1):
+            most[axis] = max(1, min(sizes[axis], room))
+            room //= most[axis]
+            if most[axis] < sizes[axis]:
+                break
+    yield from product(*(_even_cuts(start, stop, size) for (start, stop), size in zip(bounds, most, strict=True)))
 
-    def outer(level: int, chosen: Ranges) -> Iterator[Ranges]:
-        if level == axis:
-            for first in range(bounds[axis][0], bounds[axis][1], length):
-                yield (*chosen, (first, min(first + length, bounds[axis][1])), *full)
-            return
-        for index in range(*bounds[level]):
-            yield from outer(level + 1, (*chosen, (index, index + 1)))
 
-    for ranges in outer(0, ()):
-        at = sum(first * stride for (first, _), stride in zip(ranges, strides, strict=True))
-        count = prod(last - first for first, last in ranges)
-        yield Tile(ranges, step.block_offset + at * step.item_nbytes, count * step.item_nbytes)
+def _even_cuts(start: int, stop: int, most: int) -> list[tuple[int, int]]:
+    """The fewest ranges of at most `most` from `start` to `stop`, of sizes as even as can be."""
+    count = -(-(stop - start) // most)
+    edges = [start + (stop - start) * number // count for number in range(count + 1)]
+    return list(zip(edges, edges[1:], strict=False))
+
+
+def rows_of(
+    ranges: Sequence[tuple[int, int, int]], block: Shape, *, joined: bool = True
+) -> Iterator[tuple[int, int, int, int]]:
+    """The runs of a row-major block that a box of it takes, in order, as evenly spaced rows.
+
+    Args:
+        ranges: first, last (excluded) and step for each axis; the last axis is taken whole from first to last.
+        block: shape of the block.
+        joined: rows without a gap between them become one.
+
+    Yields:
+        First element, number of rows, elements from row to row, and elements of a row.
+    """
+    strides = row_major_strides(block)
+    axis = len(block) - 1
+    length = ranges[axis][1] - ranges[axis][0]
+    while joined and axis > 0 and length == strides[axis - 1]:  # everything behind this axis is taken
+        first, last, step = ranges[axis - 1]
+        if step != 1:
+            break
+        axis -= 1
+        length = (last - first) * strides[axis]
+    start = sum(bounds[0] * stride for bounds, stride in zip(ranges[axis:], strides[axis:], strict=True))
+    if axis == 0:
+        yield start, 1, 0, length
+        return
+    first, last, step = ranges[axis - 1]
+    count = len(range(first, last, step))
+    start += first * strides[axis - 1]
+    for indices in product(*(range(*bounds) for bounds in ranges[: axis - 1])):
+        at = start + sum(index * stride for index, stride in zip(indices, strides, strict=False))
+        yield at, count, step * strides[axis - 1], length
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +319,10 @@ class Overlap:
     tile_slices: tuple[slice, ...]
     box: tuple[tuple[int, int, int], ...]
     order: tuple[int, ...]
+
+    @property
+    def is_transposed(self) -> bool:
+        return list(self.order) != sorted(self.order)
 
 
 def overlap(piece: Piece, ranges: Ranges) -> Overlap | None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.errors import Problem
-from moeconv.files import Files
+from moeconv.files import Files, Rows
 from moeconv.layouts import find_units
 from moeconv.names import collapse
 from moeconv.plan import Options, Plan, plan
@@ -128,11 +130,34 @@ def compare(wanted_plan: Plan, made: Checkpoint, files: Files | None = None) -> 
     for name, spec in wanted.items():
         if name in made.tensors and made.tensors[name].spec != spec:
             problems.append(Problem(f"{made.tensors[name].spec} should be {spec}", "Convert again."))
+    problems += _other_files(wanted_plan.source, made, files)
     if problems:
         return Report(len(wanted), 0, tuple(problems))
     comparison = _Comparison(wanted_plan, made, files)
     comparison.run()
     return Report(len(wanted), sum(task.nbytes for task in wanted_plan.tasks), tuple(comparison.problems()))
+
+
+def _other_files(source: Checkpoint, made: Checkpoint, files: Files) -> Iterator[Problem]:
+    """Files that are carried over as they are, and are missing or differ."""
+    found = {file.path: file.nbytes for file in made.sidecars}
+    for file in source.sidecars:
+        theirs, ours = source.root / file.path, made.root / file.path
+        if file.path not in found:
+            yield Problem(f"{ours} is missing", f"Copy {theirs} there, or convert again.")
+        elif found[file.path] != file.nbytes or not _are_equal(ours, theirs, file.nbytes, files):
+            yield Problem(f"{ours} differs from {theirs}", f"Copy {theirs} there, or convert again.")
+
+
+def _are_equal(one: Path, other: Path, nbytes: int, files: Files) -> bool:
+    with closing(files.open_read(one)) as first, closing(files.open_read(other)) as second:
+        for at in range(0, nbytes, _COMPARE_BYTES):
+            pieces = [bytearray(min(_COMPARE_BYTES, nbytes - at)) for _ in range(2)]
+            first.read_into(memoryview(pieces[0]), at)
+            second.read_into(memoryview(pieces[1]), at)
+            if pieces[0] != pieces[1]:
+                return False
+    return True
 
 
 class _Comparison:
@@ -155,8 +180,13 @@ class _Comparison:
             worker, targets = Worker(self.files, sources, self.plan.memory.buffer), OpenFiles(self.files, paths)
             buffer = memoryview(bytearray(_COMPARE_BYTES))
 
-            def check(file: int, offset: int, content: memoryview) -> None:
-                self._check(targets, buffer, file, offset, content)
+            def check(file: int, offset: int, content: memoryview, rows: Rows | None) -> None:
+                if rows is None:
+                    self._check(targets, buffer, file, offset, content)
+                    return
+                for number in range(rows.count):
+                    row = content[number * rows.pitch : number * rows.pitch + rows.nbytes]
+                    self._check(targets, buffer, file, offset + number * rows.stride, row)
 
             try:
                 while True:

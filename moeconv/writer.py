@@ -4,7 +4,7 @@
     DST.partial/.moeconv-journal                   one JSON line for the plan, then one for each batch of tasks
 
 A journal line follows the data it speaks of: with fsync on, tasks are journalled only after their bytes
-are durable. At the end everything is synced, the journal goes, and the folder gets its name in one rename.
+are durable. At the end everything is synced, the folder gets its name in one rename, and the journal goes.
 A run that finds a journal of the same plan goes on where that one stopped.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moeconv.checkpoint import MANIFEST, MAX_INDEX_BYTES
+from moeconv.checkpoint import JOURNAL, MANIFEST, MAX_INDEX_BYTES
 from moeconv.errors import CheckpointError, OutputError
 from moeconv.explain import disk_of, size
 from moeconv.files import Files, WriteFile
@@ -24,7 +24,7 @@ from moeconv.header import HeaderError, read_json
 from moeconv.plan import Plan, TargetFile, index_path
 from moeconv.steps import Task
 
-JOURNAL = ".moeconv-journal"
+MAX_JOURNAL_BYTES = 1 << 30
 _COPY_BYTES = 1 << 20
 
 
@@ -53,6 +53,8 @@ def check_destination(source: Path, destination: Path) -> None:
             f"the destination {destination} and the source {source} lie in one another",
             "Choose a destination outside the source folder.",
         )
+    if destination.name in ("", ".."):
+        raise OutputError(f"the destination {destination} is no name for a new folder", "Write the folder's name.")
 
 
 class Writer:
@@ -87,6 +89,8 @@ class Writer:
             return False
         made_by = finished_fingerprint(self.destination, self.files)
         if made_by == self.plan.fingerprint:
+            if self.files.exists(self.destination / JOURNAL):  # that run died behind its last rename
+                self.files.remove_file(self.destination / JOURNAL)
             return True
         if made_by is None:
             raise OutputError(
@@ -103,10 +107,14 @@ class Writer:
     def _difference(self) -> str:
         """Which of the things that make a plan differs from the finished folder's."""
         manifest: dict[str, Any] = read_json(self.files.read_bytes(self.destination / MANIFEST, MAX_INDEX_BYTES))
-        source, recipe, tool = (manifest.get(key) or {} for key in ("source", "recipe", "tool"))
+        source, recipe, tool = (
+            value if isinstance(value := manifest.get(key), dict) else {} for key in ("source", "recipe", "tool")
+        )
         plan = self.plan
-        now = [(file.path, file.header_sha256) for file in plan.source.files]
-        then = [(file.get("path"), file.get("header_sha256")) for file in source.get("files", [])]
+        now = [
+            {"path": file.path, "bytes": file.nbytes, "header_sha256": file.header_sha256} for file in plan.source.files
+        ]
+        then = source.get("files")
         different = [
             what
             for what, differs in (
@@ -132,11 +140,18 @@ class Writer:
         if self.files.exists(self.partial):
             done = self._take_over()
             if not done:
-                self.files.remove_tree(self.partial)
+                self._discard()
         if not done:
             self._check_space()
             self._create()
         return done
+
+    def _discard(self) -> None:
+        """Remove `DST.partial`, its journal last: without one it would count as somebody else's folder."""
+        for path, _ in list(self.files.walk(self.partial)):
+            if path != JOURNAL:
+                self.files.remove_file(self.partial / path)
+        self.files.remove_tree(self.partial)
 
     def _check_space(self) -> None:
         disk = disk_of(self.plan, self.destination, self.files)
@@ -181,28 +196,39 @@ class Writer:
             return frozenset()
         self._journal = self.files.open_write(path)
         self._lock()
-        content = self.files.read_bytes(path, 1 << 30)
-        complete = content[: content.rfind(b"\n") + 1]
-        lines = [json.loads(line) for line in complete.splitlines()]
-        head = lines[0] if lines else {}
-        if lines and head["fingerprint"] != self.plan.fingerprint and not self.overwrite:
+        head, done = self._read_journal(path)
+        if head and head.get("fingerprint") != self.plan.fingerprint and not self.overwrite:
             raise OutputError(
                 f"{self.partial} is an unfinished run of another plan",
                 "Finish that one with its own command, or discard it with --overwrite.",
             )
-        done = frozenset(id_ for line in lines[1:] for id_ in line["done"])
         usable = (
-            bool(lines)
-            and head["fingerprint"] == self.plan.fingerprint
-            and (head["fsync"] or head["boot"] == self.files.boot_id())  # unsynced data dies with the kernel
+            head.get("fingerprint") == self.plan.fingerprint
+            and (head.get("fsync") or head.get("boot") == self.files.boot_id())  # unsynced data dies with the kernel
             and all(self._is_intact(target) for target in self.plan.files)
         )
         if usable and done:
-            self._journal_nbytes = len(complete)
             return done
-        self._journal.close()
-        self._journal = None
+        self.close()
         return frozenset()
+
+    def _read_journal(self, path: Path) -> tuple[dict[str, Any], frozenset[str]]:
+        """First line and finished tasks. From a damaged line on nothing counts, and is written over."""
+        head: dict[str, Any] = {}
+        done: set[str] = set()
+        self._journal_nbytes = 0
+        for line in self.files.read_bytes(path, MAX_JOURNAL_BYTES).splitlines(keepends=True):
+            try:
+                entry = read_json(line)
+            except HeaderError:
+                break
+            ids = entry.get("done", []) if isinstance(entry, dict) else None
+            if not line.endswith(b"\n") or not isinstance(ids, list) or not all(isinstance(id_, str) for id_ in ids):
+                break
+            head = head or entry
+            done.update(ids)
+            self._journal_nbytes += len(line)
+        return head, frozenset(done)
 
     def _is_intact(self, target: TargetFile) -> bool:
         path = self.partial / target.path
@@ -250,9 +276,9 @@ class Writer:
         self._write_file(self.partial / MANIFEST, manifest)
         if self.fsync:
             self._sync_everything()
-        self.close()
-        self.files.remove_file(self.partial / JOURNAL)
         self._publish()
+        self.close()
+        self.files.remove_file(self.destination / JOURNAL)
 
     def _sync_everything(self) -> None:
         """Data, then the folders that name it. The journal may have synced some files; that costs nothing twice."""
@@ -271,6 +297,7 @@ class Writer:
     def _publish(self) -> None:
         replaced: Path | None = None
         if self.files.exists(self.destination):
+            self.is_finished()  # raises if it is one that appeared during the run, and not ours to replace
             replaced = self.destination.with_name(self.destination.name + ".replaced")
             if self.files.exists(replaced):
                 raise OutputError(f"{replaced} exists", "Remove it: it is what an earlier --overwrite put aside.")

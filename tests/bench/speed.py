@@ -1,0 +1,80 @@
+"""How long moeconv takes against a plain copy of the same folder: whole processes, run in turn, medians of pairs.
+
+    python tests/bench/speed.py FOLDER [PAIRS]
+
+Before every run its output is removed and the disk synced; the source is in the page cache. Prints one line
+for each command: median seconds, median of the pairwise ratios, and their quartiles. `with fsync` is held
+against `cp` followed by `sync -f`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.bench import sources
+
+MOECONV = [str(Path(sys.executable).with_name("moeconv"))]
+
+
+def seconds(command: list[str], output: Path) -> float:
+    """Wall time of a command that writes `output`, from a clean and quiet disk."""
+    shutil.rmtree(output, ignore_errors=True)
+    os.sync()
+    began = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def warm(folder: Path) -> None:
+    """Bring a folder into the page cache."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            while file.read(16 << 20):
+                pass
+
+
+def compare(what: str, ours: list[str], copy: list[str], source: Path, output: Path, pairs: int) -> None:
+    """Run the two in turn and print their ratio."""
+    warm(source)
+    own, other = [], []
+    for pair in range(pairs):
+        for command, times in ((ours, own), (copy, other)) if pair % 2 else ((copy, other), (ours, own)):
+            times.append(seconds(command, output))
+    shutil.rmtree(output)
+    ratios = [a / b for a, b in zip(own, other, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    print(
+        f"{what:<24} {statistics.median(own):6.2f} s   copy {statistics.median(other):6.2f} s   "
+        f"ratio {middle:.2f} ({low:.2f} to {high:.2f}, {pairs} pairs)",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Pack and unpack, without and with fsync."""
+    folder = Path(sys.argv[1])
+    pairs = int(sys.argv[2]) if len(sys.argv) > 2 else 9
+    source, packed, output = folder / "qwen3", folder / "qwen3-packed", folder / "output"
+    nbytes = sources.write(source, sources.qwen3(layers=4), sources.QWEN3_30B_A3B)
+    print(f"{nbytes / 1e9:.2f} GB of Qwen3-30B-A3B matrix sizes, {os.cpu_count()} cores")
+    for what, start in (("pack", source), ("unpack", packed)):
+        for mode, options in (("--no-fsync", ["--no-fsync"]), ("with fsync", [])):
+            ours = [*MOECONV, what, str(start), str(output), *options]
+            copy = ["cp", "-r", "--reflink=never", str(start), str(output)]
+            if not options:
+                copy = ["sh", "-c", f"cp -r '{start}' '{output}' && sync -f '{output}'"]
+            if start is packed and not packed.exists():
+                subprocess.run([*MOECONV, "pack", str(source), str(packed)], check=True, stdout=subprocess.DEVNULL)
+            compare(f"{what} {mode}", ours, copy, start, output, pairs)
+
+
+if __name__ == "__main__":
+    main()
