@@ -103,6 +103,8 @@ class _Parser:
 
     def __init__(self, text: str) -> None:
         self.text = text.strip()
+        if len(self.text) > 200:
+            raise DimSyntaxError(f"{self.text[:50]!r}... is too long for a size")
         self.tokens: list[str] = []
         position = 0
         while position < len(self.text):

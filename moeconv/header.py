@@ -140,11 +140,12 @@ def _entry(name: str, entry: Any) -> tuple[int, int, Spec]:
 
 
 def _are_sizes(values: Any) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) <= 32
-        and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
-    )
+    if type(values) is not list or len(values) > 32:
+        return False
+    for value in values:  # not all(...): this runs twice for every tensor
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            return False
+    return True
 
 
 def header_problem(path: str, error: HeaderError) -> Problem:

@@ -116,7 +116,7 @@ class _Search:
         """Tensors that match by name: (component number, block) -> layout -> rule number -> id -> tensor."""
         templates: dict[str, list[str]] = {}
         for name in self.checkpoint.tensors:
-            templates.setdefault(template_of(name)[0], []).append(name)
+            templates.setdefault(template_of(name), []).append(name)
         found: _Candidates = {}
         for number, component in enumerate(self.recipe.components):
             for layout, rules in component.rules.items():
@@ -367,7 +367,7 @@ def _unknown_experts(rest: Sequence[StoredTensor], recipe: Recipe) -> list[Probl
     """Tensors that look like experts and match no rule: copying them as they are would be wrong silently."""
     odd: dict[str, list[StoredTensor]] = {}
     for tensor in rest:
-        template = template_of(tensor.spec.name)[0]
+        template = template_of(tensor.spec.name)
         if ".experts.{}." in template or (".experts." in template and len(tensor.spec.shape) > 2):
             odd.setdefault(template, []).append(tensor)
     return [

@@ -20,12 +20,39 @@ from moeconv.tensors import Shape, Spec, View
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One part: seen as `source_view` in the source block at element `source_at`, goes to `target_view`."""
+    """One part of one block.
+
+    Attributes:
+        source: tensor that holds it.
+        source_at: element where the source block begins.
+        route: from where in the source block to where in the target block.
+    """
 
     source: StoredTensor
     source_at: int
-    source_view: View
-    target_view: View
+    route: Route
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A part as it lies in source and target blocks; the same for all experts of a unit.
+
+    Attributes:
+        source: its view in the source block.
+        target: its view in the target block.
+        run: first element in the source block, in the target block, and number of elements, where the part is
+            one run of elements in both; else None.
+    """
+
+    source: View
+    target: View
+    run: tuple[int, int, int] | None
+
+    @classmethod
+    def between(cls, source: View, target: View) -> Route:
+        """The route between two views of the same shape."""
+        is_run = source.is_run and target.is_run
+        return cls(source, target, (source.first, target.first, prod(source.shape)) if is_run else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +142,10 @@ def _change(unit: Unit, layout: str, recipe: Recipe) -> Change:
         dtypes = {next(iter(sources[part][1].values())).spec.dtype for part in parts}
         if len(dtypes) > 1:
             raise ShapeError(f"{rule.pattern} would join {' and '.join(sorted(dtypes))} in one tensor")
-        made = list(_fills(_stack(rule, unit, recipe), unit, dtypes.pop(), sources, parts))
-        fills += made
-        targets += list(dict.fromkeys(fill.target for fill in made))
+        for fill in _fills(_stack(rule, unit, recipe), unit, dtypes.pop(), sources, parts):
+            if not targets or fill.target is not targets[-1]:
+                targets.append(fill.target)
+            fills.append(fill)
     return Change(unit, layout, tuple(targets), tuple(fills))
 
 
@@ -149,20 +177,19 @@ def _fills(
         experts = from_stack.count if from_stack.count is not None else experts
     elif stack.count is None:
         experts = 1
+    named = stack.rule.pattern.ids is not None
+    taken = [(*sources[part], Route.between(sources[part][0].views[part], stack.views[part])) for part in parts]
     target = Spec(stack.rule.pattern.fill(unit.block, stack.first), dtype, stack.shape)
     for expert in range(experts):
-        at = expert * size
-        if stack.rule.pattern.ids is not None:
-            target, at = Spec(stack.rule.pattern.fill(unit.block, stack.first + expert), dtype, stack.shape), 0
-        moves = []
-        for part in parts:
-            source, hits = sources[part]
-            if source.rule.pattern.ids is not None:
-                tensor, source_at = hits[source.first + expert], 0
-            else:
-                tensor, source_at = hits[0], expert * prod(source.block)
-            moves.append(Move(tensor, source_at, source.views[part], stack.views[part]))
-        yield Fill(target, at, stack.block, tuple(moves))
+        if named and expert:
+            target = Spec(stack.rule.pattern.fill(unit.block, stack.first + expert), dtype, stack.shape)
+        moves = [
+            Move(hits[source.first + expert], 0, route)
+            if source.rule.pattern.ids is not None
+            else Move(hits[0], expert * prod(source.block), route)
+            for source, hits, route in taken
+        ]
+        yield Fill(target, 0 if named else expert * size, stack.block, tuple(moves))
     if stack.pad:
         yield Fill(target, experts * size, (stack.pad, *stack.block), ())
 
@@ -170,4 +197,4 @@ def _fills(
 def copy_of(tensor: StoredTensor) -> Fill:
     """The fill that copies a tensor as it is."""
     whole = View.whole(tensor.spec.shape)
-    return Fill(tensor.spec, 0, tensor.spec.shape, (Move(tensor, 0, whole, whole),))
+    return Fill(tensor.spec, 0, tensor.spec.shape, (Move(tensor, 0, Route.between(whole, whole)),))

@@ -16,6 +16,8 @@ from itertools import pairwise
 from moeconv.dims import Dim, DimSyntaxError, parse_dim
 
 BLOCK = "{block}"
+#: What `is_integer` accepts, as a whole segment of a name.
+_INTEGER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
 _DIGITS = re.compile(r"([0-9]{1,18})")
 _HOLE = re.compile(r"\{expert(?::([^}]*))?\}")
 
@@ -29,15 +31,9 @@ def is_integer(segment: str) -> bool:
     return segment.isdigit() and segment.isascii() and len(segment) < 10 and (segment[0] != "0" or len(segment) == 1)
 
 
-def template_of(name: str) -> tuple[str, tuple[int, ...]]:
-    """The name with every canonical integer between dots replaced by `{}`, and those integers."""
-    segments = name.split(".")
-    numbers: list[int] = []
-    for index, segment in enumerate(segments):
-        if is_integer(segment):
-            numbers.append(int(segment))
-            segments[index] = "{}"
-    return ".".join(segments), tuple(numbers)
+def template_of(name: str) -> str:
+    """The name with every canonical integer between dots replaced by `{}`."""
+    return _INTEGER.sub("{}", name)
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -83,7 +79,7 @@ class Pattern:
         if not hole_of_block or (lead and not lead.endswith(".")) or "{" in lead:
             raise PatternError(f"{text!r} does not start with {BLOCK}. or with LITERAL.{BLOCK}.")
         holes = list(_HOLE.finditer(rest))
-        literal = _HOLE.sub("0", rest)
+        literal = lead + _HOLE.sub("0", rest)
         if "{" in literal or "}" in literal:
             raise PatternError(f"{text!r} has an unknown hole; known: {{block}}, {{expert}}, {{expert:FROM..TO}}")
         if not literal or any(not segment for segment in literal.split(".")) or any(c.isspace() for c in literal):
@@ -126,7 +122,7 @@ class Pattern:
     def template_end(self) -> str:
         """How the template (see `template_of`) of every matching name ends."""
         inner = self.before if self.ids is None else f"{self.before}0{self.after}"
-        return "." + template_of(inner)[0]
+        return "." + template_of(inner)
 
     def __str__(self) -> str:
         return self.text
@@ -167,8 +163,7 @@ def collapse(names: Sequence[str]) -> list[str]:
     """
     groups: dict[str, set[tuple[int, ...]]] = {}
     for name in names:
-        template, numbers = template_of(name)
-        groups.setdefault(template, set()).add(numbers)
+        groups.setdefault(template_of(name), set()).add(tuple(map(int, _INTEGER.findall(name))))
     return [line for template, rows in groups.items() for line in _folded(template, rows)]
 
 

@@ -160,7 +160,7 @@ class _Reader:
         for layout, target in self.aliases.items():
             if target not in self.rules:
                 raise root.error(f"layout {layout!r} is {target!r}, which the recipe lacks", "Describe that layout.")
-        if len(self.rules) < 2:
+        if sum(map(bool, self.rules.values())) < 2:
             raise root.error("fewer than two layouts are described", "Describe what to convert from and to.")
         claims, ids = self._parts(root)
         components = self._components(root)
@@ -299,11 +299,11 @@ def _expression(value: Yaml, *, is_top: bool = False) -> Expression:
 
 def _rendered(reader: _Reader) -> str:
     """A file that says what the reader collected, without `extends`."""
-    lines = [f"about: {_quoted(reader.about)}", f"model_types: [{', '.join(reader.model_types)}]"]
-    lines.append(f"config: [{', '.join(_quoted(scope) for scope in reader.scopes)}]")
+    lines = [f"about: {_quoted(reader.about)}", f"model_types: {_listed(reader.model_types)}"]
+    lines.append(f"config: {_listed(reader.scopes)}")
     lines.append("dims:")
-    lines += [f"  {symbol}: [{', '.join(keys)}]" for symbol, keys in reader.dims.items()]
-    lines.append(f"optional: [{', '.join(reader.optional)}]")
+    lines += [f"  {symbol}: {_listed(keys)}" for symbol, keys in reader.dims.items()]
+    lines.append(f"optional: {_listed(reader.optional)}")
     lines.append("layouts:")
     for layout, rules in reader.rules.items():
         lines.append(f"  {layout}:")
@@ -316,13 +316,17 @@ def _rendered(reader: _Reader) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _listed(words: Iterable[str]) -> str:
+    return f"[{', '.join(map(_quoted, words))}]"
+
+
 def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _worded(value: Expression) -> str:
     if isinstance(value, Part):
-        return value.name
+        return _quoted(value.name)
     if isinstance(value, Transpose):
         return f"{{transpose: {_worded(value.child)}}}"
     word = "concat" if isinstance(value, Concat) else "interleave"

@@ -67,7 +67,7 @@ def model_types(config: Mapping[str, Any]) -> list[str]:
 
 def _types(config: Mapping[str, Any]) -> Iterator[str]:
     value = config.get("model_type")
-    if isinstance(value, str):
+    if isinstance(value, str) and value:
         yield value
     for nested in config.values():
         if isinstance(nested, Mapping):

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 from math import isqrt, prod
 
 from moeconv.moves import Fill
@@ -100,7 +99,7 @@ def needs_whole_bytes(fill: Fill) -> bool:
     """Whether the fill can run on bytes: elements of full bytes, or a copy of a whole tensor."""
     if DTYPE_BITS[fill.target.dtype] % 8 == 0:
         return True
-    return all(move.source_view.is_run and move.target_view.is_run for move in fill.moves)
+    return all(move.route.run is not None for move in fill.moves)
 
 
 def steps_of(fill: Fill, target: tuple[int, int]) -> Iterator[Step]:
@@ -116,11 +115,10 @@ def steps_of(fill: Fill, target: tuple[int, int]) -> Iterator[Step]:
     if not fill.moves:
         yield Zeros(file, begin, prod(fill.block) * bits // 8)
         return
-    runs = [_run(move.source_view, move.target_view) for move in fill.moves]
-    if all(run is not None for run in runs):
-        for move, run in zip(fill.moves, runs, strict=True):
-            assert run is not None
-            source_first, target_first, count = run
+    if all(move.route.run is not None for move in fill.moves):
+        for move in fill.moves:
+            assert move.route.run is not None
+            source_first, target_first, count = move.route.run
             yield Copy(
                 move.source.file,
                 move.source.offset + (move.source_at + source_first) * bits // 8,
@@ -131,18 +129,10 @@ def steps_of(fill: Fill, target: tuple[int, int]) -> Iterator[Step]:
         return
     item = bits // 8
     pieces = tuple(
-        Piece(move.source.file, move.source.offset + move.source_at * item, move.source_view, move.target_view)
+        Piece(move.source.file, move.source.offset + move.source_at * item, move.route.source, move.route.target)
         for move in fill.moves
     )
     yield Rearrange(file, begin, fill.block, item, 0, fill.block[0], pieces)
-
-
-@lru_cache(maxsize=4096)
-def _run(source: View, target: View) -> tuple[int, int, int] | None:
-    """First element in the source block, in the target block, and count, where the part is a run in both."""
-    if source.is_run and target.is_run:
-        return source.first, target.first, prod(source.shape)
-    return None
 
 
 def tasks_of(steps: Sequence[Step], target_names: Sequence[str]) -> tuple[Task, ...]:
@@ -268,7 +258,7 @@ def _even_cuts(start: int, stop: int, most: int) -> list[tuple[int, int]]:
     """The fewest ranges of at most `most` from `start` to `stop`, of sizes as even as can be."""
     count = -(-(stop - start) // most)
     edges = [start + (stop - start) * number // count for number in range(count + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def rows_of(

@@ -16,6 +16,7 @@ import yaml
 from moeconv.errors import RecipeError
 
 MAX_CHARS = 1_000_000
+MAX_DEPTH = 50
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -83,14 +84,19 @@ def read_yaml(text: str, source: str) -> Yaml:
         source: how messages name it, usually the file's path.
 
     Raises:
-        RecipeError: not YAML, or YAML with anchors, aliases, tags or more than `MAX_CHARS` characters.
+        RecipeError: not YAML, or YAML with anchors, aliases, tags, more than `MAX_CHARS` characters or more
+            than `MAX_DEPTH` levels.
     """
     if len(text) > MAX_CHARS:
         raise RecipeError(f"{source}: {len(text):,} characters is too long for a recipe", "Split it.")
     try:
+        depth = 0
         for event in yaml.parse(text, Loader=_LOADER):
+            line = event.start_mark.line + 1 if event.start_mark else 0
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:  # the parser in C would run out of stack and take the process with it
+                raise RecipeError(f"{source}:{line}: nested too deeply", "A recipe needs about four levels.")
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
-                line = event.start_mark.line + 1 if event.start_mark else 0
                 raise RecipeError(f"{source}:{line}: anchors, aliases and tags are not allowed", "Write the value out.")
         node = yaml.compose(text, Loader=_LOADER)
     except yaml.YAMLError as error:
@@ -98,8 +104,6 @@ def read_yaml(text: str, source: str) -> Yaml:
         at = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise RecipeError(f"{source}{at}: {problem}", "Correct the YAML syntax there.") from None
-    except RecursionError:
-        raise RecipeError(f"{source}: nested too deeply", "A recipe needs about four levels.") from None
     if node is None:
         raise RecipeError(f"{source}: the file is empty", "See `moeconv recipes show NAME` for a complete one.")
     return Yaml(node, source)
