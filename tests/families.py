@@ -82,31 +82,31 @@ NOT_BUILT = {
 }
 
 
-def config_of(model_type: str) -> PreTrainedConfig:
-    return _tiny(CONFIG_MAPPING[model_type])
+def config_of(model_type: str, sizes: dict[str, Any] | None = None) -> PreTrainedConfig:
+    return _tiny(CONFIG_MAPPING[model_type], SIZES | (sizes or {}))
 
 
-def _tiny(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
+def _tiny(cls: type[PreTrainedConfig], sizes: dict[str, Any]) -> PreTrainedConfig:
     names: set[str] = set()
     for base in cls.__mro__:
         names |= set(getattr(base, "__annotations__", {}))
     names |= set(inspect.signature(cls.__init__).parameters)
     aliases = dict(getattr(cls, "attribute_map", {}) or {})
-    chosen = {name: value for name, value in SIZES.items() if name in names | set(aliases)}
+    chosen = {name: value for name, value in sizes.items() if name in names | set(aliases)}
     for alias, name in aliases.items():
         if alias in chosen and name in chosen:
             del chosen[alias]
     for name, sub in (getattr(cls, "sub_configs", {}) or {}).items():
         if isinstance(sub, type) and sub.__name__ != "AutoConfig":
-            chosen[name] = _tiny(sub)
+            chosen[name] = _tiny(sub, sizes)
     chosen.update(SPECIAL.get(cls.__name__, {}))
     chosen = {name: value for name, value in chosen.items() if value is not ...}
     return cls(**chosen)
 
 
-def build(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """A model with random parameters and buffers, in bfloat16."""
-    config = config_of(model_type)
+def build(model_type: str, seed: int = 0, sizes: dict[str, Any] | None = None) -> PreTrainedModel:
+    """A model with random parameters in bfloat16; `sizes` replace those of `SIZES`."""
+    config = config_of(model_type, sizes)
     cls = model_class(model_type)
     torch.manual_seed(seed)
     model = cls._from_config(config, dtype=torch.bfloat16).eval()  # what must stay float32 stays so

@@ -113,7 +113,8 @@ def pack_by_hand(tensors: Tensors) -> Tensors:
     made: Tensors = {name: item for name, item in tensors.items() if ".experts." not in name}
     blocks = sorted({name.split(".experts.")[0] for name in tensors if ".experts." in name})
     for block in blocks:
-        count = len({name.split(".")[5] for name in tensors if name.startswith(f"{block}.experts.")})
+        start = f"{block}.experts."
+        count = len({name.removeprefix(start).split(".")[0] for name in tensors if name.startswith(start)})
 
         def part(expert: int, which: str, block: str = block) -> Tensor:
             return tensors[f"{block}.experts.{expert}.{which}_proj.weight"]

@@ -6,7 +6,7 @@ from moeconv.checkpoint import open_checkpoint
 from moeconv.executor import execute
 from moeconv.plan import Options, plan
 from moeconv.selection import select_recipe
-from tests.folders import CONFIG, experts_layout, pack_by_hand, read_folder, write_folder
+from tests.folders import CONFIG, experts_layout, pack_by_hand, read_folder, tensor, write_folder
 
 
 def convert(source: Path, target: Path, layout: str, **options: object) -> None:
@@ -24,3 +24,18 @@ def test_pack_and_unpack_give_back_every_byte(tmp_path: Path, shards: int, max_s
     assert read_folder(tmp_path / "packed") == pack_by_hand(tensors)
     convert(tmp_path / "packed", tmp_path / "again", "experts", max_shard_nbytes=max_shard_nbytes)
     assert read_folder(tmp_path / "again") == tensors
+
+
+def test_layers_of_one_checkpoint_may_be_in_different_layouts(tmp_path: Path) -> None:
+    """Main layers per expert, an MTP layer per expert under the next number, another MTP module packed."""
+    main = experts_layout(layers=3)
+    main["model.layers.2.eh_proj.weight"] = tensor((10, 20), seed="eh")
+    main["model.layers.2.shared_head.norm.weight"] = tensor((10,), seed="head")
+    mtp = {name.replace("model.layers.0", "mtp.layers.0"): item for name, item in experts_layout(layers=1).items()}
+    mtp = {name: item for name, item in mtp.items() if name.startswith("mtp.")}
+    packed_mtp = {f"mtp.{name[4:]}": item for name, item in pack_by_hand(mtp).items()}
+    source = write_folder(tmp_path / "source", {**main, **packed_mtp}, CONFIG, 4)
+    convert(source, tmp_path / "packed", "packed")
+    assert read_folder(tmp_path / "packed") == {**pack_by_hand(main), **packed_mtp}
+    convert(tmp_path / "packed", tmp_path / "experts", "experts")
+    assert read_folder(tmp_path / "experts") == {**main, **mtp}

@@ -93,6 +93,27 @@ def test_packed_gives_identical_logits(model_type: str, tmp_path: Path) -> None:
     assert torch.equal(wanted, found)
 
 
+@pytest.mark.parametrize("inner", [24, 48], ids=["2I == H", "I == H"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen3_vl_moe", "mixtral", "gpt_oss", "llama4_text", "nemotron_h"])
+def test_square_matrices_are_not_mistaken(model_type: str, inner: int, tmp_path: Path) -> None:
+    sizes = {"moe_intermediate_size": inner, "intermediate_size": inner}
+    model = build(model_type, seed=inner, sizes=sizes)
+    save_published(model, tmp_path / "source", max_shard_size="1GB")
+    packed = convert(tmp_path / "source", tmp_path / "packed", "packed")
+    assert_same_parameters(model, packed)
+    back = convert(convert(packed, tmp_path / "experts", "experts"), tmp_path / "back", "hub")
+    assert read_folder(back) == read_folder(tmp_path / "source")
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("max_shard_size", ["8KB", "1GB"], ids=["many shards", "a single file"])
+def test_sharding_and_seed_do_not_matter(seed: int, max_shard_size: str, tmp_path: Path) -> None:
+    model = build("qwen3_moe", seed)
+    save_published(model, tmp_path / "source", max_shard_size)
+    assert (tmp_path / "source" / "model.safetensors.index.json").exists() == (max_shard_size == "8KB")
+    assert_same_parameters(model, convert(tmp_path / "source", tmp_path / "packed", "packed"))
+
+
 OTHER_LAYOUTS = [
     (entry.layout, model_type, entry.reads)
     for entry in entries()
