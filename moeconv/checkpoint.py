@@ -202,7 +202,7 @@ def _weight_map(opening: _Opening, found: Mapping[str, FileStat]) -> tuple[dict[
         if not isinstance(file, str) or "/" in file or "\\" in file or file in ("", ".", "..") or "\0" in file:
             opening.problems.append(
                 Problem(
-                    f"{root / index} places {name[:200]!r} in {str(file)[:200]!r}, which is no file name in this folder",
+                    f"{root / index} places {name[:200]!r} in {str(file)[:200]!r}, which is no file name here",
                     "Weight files lie beside the index: download the index again.",
                 )
             )

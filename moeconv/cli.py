@@ -134,7 +134,7 @@ def _show_plan(made: Plan, destination: Path, *, as_json: bool) -> None:
 
 def _run(made: Plan, destination: Path, *, fsync: bool, overwrite: bool, as_json: bool) -> None:
     from moeconv.executor import execute
-    from moeconv.explain import size
+    from moeconv.explain import count, size
     from moeconv.progress import Progress
 
     for warning in made.warnings:
@@ -164,7 +164,7 @@ def _run(made: Plan, destination: Path, *, fsync: bool, overwrite: bool, as_json
         resumed = f", {size(outcome.resumed_nbytes)} of it from an earlier run" if outcome.resumed_nbytes else ""
         print(
             f"{destination}: {len(made.source.tensors):,} tensors -> {tensors:,}, "
-            f"{size(outcome.nbytes + outcome.resumed_nbytes)} in {len(made.files)} files, "
+            f"{size(outcome.nbytes + outcome.resumed_nbytes)} in {count(made.files, 'file')}, "
             f"{outcome.seconds:.1f} s ({size(int(rate))}/s){resumed}"
         )
     else:

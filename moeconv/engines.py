@@ -35,7 +35,7 @@ class _Entry:
 @cache
 def _entries() -> tuple[tuple[str, ...], tuple[_Entry, ...]]:
     path = shipped_folder() / "engines.yaml"
-    root = dict((key.text(), value) for key, value in read_yaml(path.read_text(encoding="utf-8"), str(path)).items())
+    root = {key.text(): value for key, value in read_yaml(path.read_text(encoding="utf-8"), str(path)).items()}
     engines = tuple(f"{name.text()} {version.text()}" for name, version in root["engines"].items())
     return engines, tuple(_entry(item) for item in root["entries"].sequence())
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moeconv.engines import model_type_of
 from moeconv.files import Files
 from moeconv.layouts import Unit
 from moeconv.moves import Change
@@ -154,12 +155,14 @@ def plan_text(plan: Plan, disk: Disk) -> str:
     """The plan for a terminal."""
     source = plan.source
     lines = [
-        f"{source.root}  ({source.config.get('model_type', 'no model_type')}, recipe {plan.recipe.name})  ->  {plan.layout}",
+        f"{source.root}  ({model_type_of(source.config) or 'no model_type'}, recipe {plan.recipe.name})"
+        f"  ->  {plan.layout}",
         "",
     ]
     for group in groups_of(plan):
         lines.append(
-            f"  {group.what:<10} {group.tensors_in:>7,} -> {group.tensors_out:>7,} tensors  {size(group.nbytes_out):>9}   {group.why}"
+            f"  {group.what:<10} {group.tensors_in:>7,} -> {group.tensors_out:>7,} tensors  "
+            f"{size(group.nbytes_out):>9}   {group.why}"
         )
         if group.what not in ("copied", "kept"):
             lines += _some(group.sources, "             from ")
@@ -168,9 +171,10 @@ def plan_text(plan: Plan, disk: Disk) -> str:
     written = sum(spec.nbytes for file in plan.files for spec in file.specs)
     lines += [
         "",
-        f"  weights    {size(source.nbytes)} in {len(source.files)} files -> {size(written)} in {len(plan.files)} files",
-        f"  other      {len(source.sidecars)} files carried over",
-        f"  memory     {size(plan.memory.peak)} at most, {plan.memory.jobs} jobs",
+        f"  weights    {size(source.nbytes)} in {count(source.files, 'file')} -> "
+        f"{size(written)} in {count(plan.files, 'file')}",
+        f"  other      {count(source.sidecars, 'file')} carried over",
+        f"  memory     {size(plan.memory.peak)} at most, {plan.memory.jobs} job{'s' * (plan.memory.jobs > 1)}",
         f"  disk       {size(disk.needed)} needed, {size(disk.free)} free",
     ]
     lines += [
@@ -185,6 +189,11 @@ def _some(names: Sequence[str], head: str, most: int = 6) -> list[str]:
     if len(names) > most:
         lines.append(f"{head}... and {len(names) - most} more patterns (all in --json)")
     return lines
+
+
+def count(things: Sequence[object], word: str) -> str:
+    """`1 file`, `1,234 files`."""
+    return f"{len(things):,} {word}{'s' * (len(things) != 1)}"
 
 
 def size(nbytes: int) -> str:

@@ -33,7 +33,7 @@ class HeaderError(ValueError):
     """A header that cannot be trusted; the text says why, without the file's name."""
 
 
-class _RepeatedKey(ValueError):
+class _RepeatedKeyError(ValueError):
     pass
 
 
@@ -48,7 +48,7 @@ def read_json(text: bytes) -> Any:
         if b"\\u" in text:  # an escape can spell half a character, which could not be written again
             json.dumps(parsed, ensure_ascii=False).encode()
         return parsed
-    except _RepeatedKey as error:
+    except _RepeatedKeyError as error:
         raise HeaderError(f"the key {str(error)!r} stands there twice") from None
     except UnicodeDecodeError:
         raise HeaderError("not UTF-8 text") from None
@@ -66,7 +66,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise _RepeatedKey(key[:200])
+                raise _RepeatedKeyError(key[:200])
             seen.add(key)
     return result
 
@@ -142,7 +142,7 @@ def _entry(name: str, entry: Any) -> tuple[int, int, Spec]:
 def _are_sizes(values: Any) -> bool:
     if type(values) is not list or len(values) > 32:
         return False
-    for value in values:  # not all(...): this runs twice for every tensor
+    for value in values:  # noqa: SIM110, all() takes twice as long and this runs for every tensor
         if type(value) is not int or not 0 <= value < 1 << 63:
             return False
     return True

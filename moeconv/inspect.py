@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from moeconv.checkpoint import Checkpoint
-from moeconv.explain import size
+from moeconv.explain import count, size
 from moeconv.layouts import Unit, find_units
 from moeconv.names import collapse
 from moeconv.ops import parts_of
@@ -86,7 +86,8 @@ def inspect_text(report: dict[str, Any]) -> str:
         lines.append(f"  experts    {size(report['expert_bytes'])}, {share:.1f} % of the weights")
     by_dtype = ", ".join(f"{dtype} {size(nbytes)}" for dtype, nbytes in report["bytes_by_dtype"].items())
     lines += [
-        f"  weights    {size(report['bytes'])} in {len(report['files'])} files, {report['tensors']:,} tensors ({by_dtype})",
+        f"  weights    {size(report['bytes'])} in {count(report['files'], 'file')}, "
+        f"{report['tensors']:,} tensors ({by_dtype})",
         f"  quantized  {report['quantization'] or 'no'}",
         f"  other      {len(report['sidecars'])} files",
     ]

@@ -290,7 +290,8 @@ class _Trial:
                 )
             elif allowed and size not in allowed:
                 self._problem(
-                    f"{symbol} is {size:,} in the files and {' or '.join(f'{v:,}' for v in sorted(allowed))} in config.json ({keys})",
+                    f"{symbol} is {size:,} in the files and {' or '.join(f'{v:,}' for v in sorted(allowed))} "
+                    f"in config.json ({keys})",
                     "Files and config.json belong to different models, or an axis is exchanged: check the source.",
                 )
 
@@ -342,7 +343,8 @@ class _Trial:
             if odd and None not in claimed:
                 more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
                 self._problem(
-                    f"{odd[0].name} has the shape {list(odd[0].shape)}{more}; recipe {self.search.recipe.name} claims {claim}",
+                    f"{odd[0].name} has the shape {list(odd[0].shape)}{more}; "
+                    f"recipe {self.search.recipe.name} claims {claim}",
                     "The tensor is damaged or stored with exchanged axes; restore it, or give the right --recipe.",
                 )
             dtypes = Counter(tensor.spec.dtype for tensor in hits.values())

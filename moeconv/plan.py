@@ -184,7 +184,8 @@ def _target_problems(changes: Sequence[Change], copied: Sequence[StoredTensor], 
             if spec.name in names:
                 problems.append(
                     Problem(
-                        f"two sources for the one target {spec.name}: {names[spec.name]}, and made from {made.unit.block}",
+                        f"two sources for the one target {spec.name}: {names[spec.name]}, "
+                        f"and made from {made.unit.block}",
                         "The checkpoint already holds a tensor of that name: remove the one that is not the model's.",
                     )
                 )

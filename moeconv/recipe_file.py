@@ -262,7 +262,7 @@ def _rule(key: Yaml, value: Yaml) -> Rule:
         raise key.error(str(error), 'Write "{block}.mlp.experts.{expert}.up_proj.weight [I, H]".') from None
     pad: Dim | None = None
     if value.is_mapping:
-        entries = dict((k.text(), v) for k, v in value.items())
+        entries = {k.text(): v for k, v in value.items()}
         if "pad" in entries:
             try:
                 pad = parse_dim(entries["pad"].text())

@@ -145,18 +145,24 @@ def _other_files(source: Checkpoint, made: Checkpoint, files: Files) -> Iterator
         theirs, ours = source.root / file.path, made.root / file.path
         if file.path not in found:
             yield Problem(f"{ours} is missing", f"Copy {theirs} there, or convert again.")
-        elif found[file.path] != file.nbytes or not _are_equal(ours, theirs, file.nbytes, files):
+        elif found[file.path] != file.nbytes or not _are_equal(files, ours, theirs, file.nbytes):
             yield Problem(f"{ours} differs from {theirs}", f"Copy {theirs} there, or convert again.")
 
 
-def _are_equal(one: Path, other: Path, nbytes: int, files: Files) -> bool:
-    with closing(files.open_read(one)) as first, closing(files.open_read(other)) as second:
+def _are_equal(files: Files, ours: Path, theirs: Path, nbytes: int) -> bool:
+    """Two files of the same size, compared in pieces: sidecars may be large."""
+    opened = [files.open_read(path) for path in (ours, theirs)]
+    try:
+        buffers = [bytearray(min(nbytes, _COMPARE_BYTES)) for _ in opened]
         for at in range(0, nbytes, _COMPARE_BYTES):
-            pieces = [bytearray(min(_COMPARE_BYTES, nbytes - at)) for _ in range(2)]
-            first.read_into(memoryview(pieces[0]), at)
-            second.read_into(memoryview(pieces[1]), at)
-            if pieces[0] != pieces[1]:
+            size = min(_COMPARE_BYTES, nbytes - at)
+            for file, buffer in zip(opened, buffers, strict=True):
+                file.read_into(memoryview(buffer)[:size], at)
+            if buffers[0] != buffers[1]:
                 return False
+    finally:
+        for file in opened:
+            file.close()
     return True
 
 

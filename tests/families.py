@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,4 +1,4 @@
-"""transformers as oracle: a packed folder loads with the very parameters of the source, and comes back byte for byte."""
+"""transformers as oracle: a packed folder loads with the very parameters of the source, and comes back exactly."""
 
 from __future__ import annotations
 
