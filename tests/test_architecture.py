@@ -1,0 +1,123 @@
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from moeconv.recipe_file import load_shipped
+
+PACKAGE = Path(__file__).parent.parent / "moeconv"
+MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.glob("*.py"))}
+
+#: The flow of the design: a module imports only what stands before it.
+ORDER = [
+    "__init__", "errors", "files", "tensors", "dims", "names", "ops", "yamldoc", "recipe", "recipe_file", "header",
+    "checkpoint", "layouts", "moves", "steps", "engines", "plan", "explain", "manifest", "selection", "worker",
+    "writer", "executor", "verify", "inspect", "progress", "cli", "__main__",
+]  # fmt: skip
+
+
+class _Imports(ast.NodeVisitor):
+    """Modules of moeconv that a module imports, wherever in it, but not for type checking alone."""
+
+    def __init__(self) -> None:
+        self.found: set[str] = set()
+
+    def visit_If(self, node: ast.If) -> None:
+        if not (isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+            self.generic_visit(node)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self.found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("moeconv.")}
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        assert node.level == 0, "imports are absolute"
+        if node.module == "moeconv":
+            self.found |= {alias.name if alias.name in MODULES else "__init__" for alias in node.names}
+        elif node.module and node.module.startswith("moeconv."):
+            self.found.add(node.module.split(".")[1])
+
+
+def imports_of(module: str) -> set[str]:
+    visitor = _Imports()
+    visitor.visit(MODULES[module])
+    return visitor.found
+
+
+def calls_in(module: str) -> set[str]:
+    """Names that are called: `print` for `print(...)`, `Thread` for `threading.Thread(...)`."""
+    functions = [node.func for node in ast.walk(MODULES[module]) if isinstance(node, ast.Call)]
+    names = {function.id for function in functions if isinstance(function, ast.Name)}
+    return names | {function.attr for function in functions if isinstance(function, ast.Attribute)}
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    assert set(ORDER) == set(MODULES)
+    assert imports_of("plan") > {"layouts", "steps"}  # the reader of imports works
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_stands_before_it(module: str) -> None:
+    before = set(ORDER[: ORDER.index(module)])
+    assert imports_of(module) <= before
+
+
+def test_only_the_command_line_prints() -> None:
+    assert {module for module in MODULES if "print" in calls_in(module)} == {"cli", "progress"}
+    writes = {module for module, tree in MODULES.items() if re.search(r"std(out|err)", ast.unparse(tree))}
+    assert writes <= {"cli", "progress"}
+
+
+def test_only_executor_and_verify_start_threads() -> None:
+    starters = {"Thread", "ThreadPoolExecutor", "ProcessPoolExecutor", "Process", "Popen", "fork"}
+    assert {module for module in MODULES if starters & calls_in(module)} == {"executor", "verify"}
+
+
+def test_only_files_touches_the_disk() -> None:
+    """cli opens only /dev/null; recipes are read where they are parsed."""
+    doors: dict[str, set[str]] = {}
+    for module, tree in MODULES.items():
+        functions = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        doors[module] = {name for name in functions if re.match(r"open$|os\.(?!path|cpu_count|_exit)|shutil\.", name)}
+    assert {module for module, used in doors.items() if used} == {"files", "cli"}
+    assert doors["cli"] == {"os.open", "os.dup2"}
+
+
+def test_no_model_family_is_named_in_python() -> None:
+    families = {model_type for recipe in load_shipped() for model_type in recipe.model_types}
+    assert len(families) > 10
+    for module in MODULES:
+        words = set(re.findall(r"\w+", (PACKAGE / f"{module}.py").read_text(encoding="utf-8").lower()))
+        assert not families & words, module
+
+
+def test_no_module_is_a_drawer_for_everything() -> None:
+    assert not {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc", "core"} & set(MODULES)
+
+
+def public(tree: ast.Module) -> list[ast.ClassDef | ast.FunctionDef]:
+    nodes = [node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    return [node for node in nodes if not node.name.startswith("_")]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_all_that_is_public_has_a_docstring(module: str) -> None:
+    assert ast.get_docstring(MODULES[module])
+    assert not [node.name for node in public(MODULES[module]) if not ast.get_docstring(node)]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_file_is_read_in_one_sitting(module: str) -> None:
+    assert (PACKAGE / f"{module}.py").read_text(encoding="utf-8").count("\n") <= 450
+    functions = [node for node in ast.walk(MODULES[module]) if isinstance(node, ast.FunctionDef)]
+    assert not [node.name for node in functions if (node.end_lineno or 0) - node.lineno > 70]
+
+
+def test_every_error_that_is_raised_has_a_remedy() -> None:
+    """`SomeError(message, remedy)`: two arguments, of which neither is empty."""
+    errors = {node.name for node in public(MODULES["errors"])} - {"MoeconvError"}
+    for module, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in errors:
+                assert len(node.args) == 2, f"{module}.py:{node.lineno}"
+                assert not [arg for arg in node.args if isinstance(arg, ast.Constant) and not arg.value]

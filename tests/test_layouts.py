@@ -1,0 +1,323 @@
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.commands import refused_source, succeeds
+from tests.folders import (
+    CONFIG,
+    Tensor,
+    Tensors,
+    experts_layout,
+    pack_by_hand,
+    read_folder,
+    tensor,
+    write_folder,
+)
+
+BLOCK = "model.layers.1.mlp.experts"
+PARTS = ("gate", "up", "down")
+
+
+def refusal(folder: Path, tensors: Tensors, config: dict[str, Any] | None = None, *options: str) -> str:
+    return refused_source(write_folder(folder / "source", tensors, {**CONFIG, **(config or {})}, 2), *options)
+
+
+def without(tensors: Tensors, is_lost: Callable[[str], bool]) -> Tensors:
+    return {name: item for name, item in tensors.items() if not is_lost(name)}
+
+
+def renumbered(tensors: Tensors, old: int, new: int) -> Tensors:
+    return {name.replace(f".experts.{old}.", f".experts.{new}."): item for name, item in tensors.items()}
+
+
+def transposed(item: Tensor) -> Tensor:
+    rows, columns = item.shape
+    width = len(item.content) // (rows * columns)
+    elements = [item.content[at : at + width] for at in range(0, len(item.content), width)]
+    content = b"".join(elements[row * columns + column] for column in range(columns) for row in range(rows))
+    return Tensor(item.dtype, (columns, rows), content)
+
+
+# Experts
+
+
+@pytest.mark.parametrize("expert", [0, 2, 3])
+def test_a_missing_expert_is_named(tmp_path: Path, expert: int) -> None:
+    message = refusal(tmp_path, without(experts_layout(), lambda name: f"{BLOCK}.{expert}." in name))
+    for part in PARTS:
+        assert (
+            f"model.layers.1: mlp.experts.{{expert}}.{part}_proj.weight has 3 of 4 experts; missing: {expert}\n"
+        ) in message
+    assert "model.layers.0" not in message
+    assert "experts are never renumbered" in message
+
+
+@pytest.mark.parametrize("config", [{}, {"num_experts": None}], ids=["config.json counts", "nothing counts"])
+def test_a_gap_in_the_expert_ids_is_named(tmp_path: Path, config: dict[str, Any]) -> None:
+    message = refusal(tmp_path, renumbered(experts_layout(), 3, 7), config)
+    found = "4 of 8 experts; missing: 3..6\n" if config else "3 of 4 experts; missing: 3; beyond the last: 7\n"
+    assert f"model.layers.1: mlp.experts.{{expert}}.up_proj.weight has {found}" in message
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("config", [{}, {"num_experts": None}], ids=["config.json counts", "nothing counts"])
+def test_parts_with_unlike_expert_ids_are_refused(tmp_path: Path, part: str, config: dict[str, Any]) -> None:
+    message = refusal(tmp_path, without(experts_layout(), lambda name: f"{BLOCK}.3.{part}" in name), config)
+    assert f"model.layers.1: mlp.experts.{{expert}}.{part}_proj.weight has 3 of 4 experts; missing: 3\n" in message
+    assert message.count("has 3 of 4") == 1
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_that_is_missing_from_a_layer_is_named(tmp_path: Path, part: str) -> None:
+    message = refusal(tmp_path, without(experts_layout(), lambda name: BLOCK in name and part in name))
+    assert f"model.layers.1: mlp.experts.{{expert}}.{part}_proj.weight is missing" in message
+
+
+@pytest.mark.parametrize("count", [3, 5, 1 << 40])
+def test_more_or_fewer_experts_than_config_json_says_are_refused(tmp_path: Path, count: int) -> None:
+    message = refusal(tmp_path, experts_layout(), {"num_experts": count})
+    says = "has the experts 3 beyond the last, 2" if count == 3 else f"has 4 of {count} experts; missing: 4"
+    assert f"model.layers.0: mlp.experts.{{expert}}.gate_proj.weight {says}" in message
+
+
+def test_fewer_packed_experts_than_config_json_says_are_refused(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", pack_by_hand(experts_layout()), {**CONFIG, "num_experts": 5}, 1)
+    message = refused_source(source, command="unpack")
+    assert "model.layers.0: E is 4 in the files and 5 in config.json (num_experts, " in message
+
+
+def test_an_absurd_expert_id_costs_neither_time_nor_memory(tmp_path: Path) -> None:
+    config = {**CONFIG, "num_experts": None}
+    source = write_folder(tmp_path / "source", renumbered(experts_layout(), 3, 999_999_999), config, 1)
+    done = subprocess.run(
+        [sys.executable, "-m", "moeconv", "pack", str(source), str(tmp_path / "target")],
+        capture_output=True, text=True, check=False, timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30)),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "has 4 of 1000000000 experts; missing: 3..999999998\n" in done.stderr
+
+
+@pytest.mark.parametrize("expert", ["03", "-1", "1e1", "²", "٣", "9" * 5000])
+def test_an_expert_id_that_is_no_plain_number_is_refused(tmp_path: Path, expert: str) -> None:
+    tensors = {name.replace(".experts.3.", f".experts.{expert}."): item for name, item in experts_layout().items()}
+    assert "missing: 3" in refusal(tmp_path, tensors)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{BLOCK}.0.gate_proj.weight_scale_inv",
+        f"{BLOCK}.0.gate_proj.bias",
+        f"{BLOCK}.0.w1.weight",
+        "model.layers.1.mlp.shared.experts.0.w",
+    ],
+)
+def test_a_tensor_of_an_expert_that_no_rule_names_is_refused(tmp_path: Path, name: str) -> None:
+    message = refusal(tmp_path, {**experts_layout(), name: tensor((6,))})
+    assert f"{name} BF16 [6] looks like an expert's (1 tensors of that kind)" in message
+
+
+# Shapes and dtypes
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_one_tensor_with_exchanged_axes_is_named(tmp_path: Path, part: str) -> None:
+    tensors, name = experts_layout(), f"{BLOCK}.2.{part}_proj.weight"
+    tensors[name] = transposed(tensors[name])
+    message = refusal(tmp_path, tensors)
+    claim = "[H, I] = [10, 6]" if part == "down" else "[I, H] = [6, 10]"
+    assert f"{name} has the shape {list(tensors[name].shape)}; recipe " in message
+    assert f"claims {claim}" in message
+    assert "layers.0" not in message
+
+
+def test_exchanged_axes_of_all_experts_are_refused(tmp_path: Path) -> None:
+    tensors = {
+        name: transposed(item) if ".experts." in name else item for name, item in experts_layout(layers=1).items()
+    }
+    message = refusal(tmp_path, tensors)
+    assert "I is 10 in the files and 6 in config.json" in message
+    assert "H is 6 in the files and 10 in config.json" in message
+
+
+def test_exchanged_axes_of_packed_experts_are_refused(tmp_path: Path) -> None:
+    packed = pack_by_hand(experts_layout(layers=1))
+    for name, (dtype, shape, content) in list(packed.items()):
+        if ".experts." in name:
+            packed[name] = Tensor(dtype, (shape[0], shape[2], shape[1]), content)
+    message = refused_source(write_folder(tmp_path / "source", packed, CONFIG, 1), command="unpack")
+    assert "gate_up_proj has the shape [4, 10, 12]" in message or "I is 10 in the files" in message
+
+
+def test_one_expert_of_another_size_is_named(tmp_path: Path) -> None:
+    tensors, name = experts_layout(), f"{BLOCK}.3.up_proj.weight"
+    tensors[name] = tensor((8, 10))
+    assert f"{name} has the shape [8, 10]" in refusal(tmp_path, tensors)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "F32", "F8_E4M3", "I8"])
+def test_one_tensor_of_another_dtype_in_a_stack_is_named(tmp_path: Path, dtype: str) -> None:
+    tensors, name = experts_layout(), f"{BLOCK}.1.up_proj.weight"
+    tensors[name] = tensor((6, 10), dtype)
+    assert f"{name} is {dtype}; the others of its stack are BF16" in refusal(tmp_path, tensors)
+
+
+def test_parts_of_different_dtypes_do_not_go_into_one_tensor(tmp_path: Path) -> None:
+    tensors = experts_layout()
+    for expert in range(4):
+        tensors[f"{BLOCK}.{expert}.up_proj.weight"] = tensor((6, 10), "F16")
+    message = refusal(tmp_path, tensors)
+    assert (
+        "model.layers.1: cannot be stored as packed: {block}.mlp.experts.gate_up_proj would join BF16 and F16"
+        in message
+    )
+
+
+def test_the_problems_of_all_layers_are_shown_together(tmp_path: Path) -> None:
+    tensors = experts_layout(layers=12)
+    for layer in range(12):
+        tensors.pop(f"model.layers.{layer}.mlp.experts.0.up_proj.weight")
+        tensors[f"model.layers.{layer}.mlp.experts.1.gate_proj.weight"] = tensor((6, 11))
+    message = refusal(tmp_path, tensors)
+    assert "24 problems, 4 of them not shown." in message
+    assert message.count("\n  -> ") == 20
+
+
+# Layouts
+
+
+def test_layers_in_the_wanted_layout_already_are_copied(tmp_path: Path) -> None:
+    tensors = experts_layout(layers=3)
+    mixed = {
+        **{name: item for name, item in tensors.items() if ".layers.1.mlp.experts" not in name},
+        **{name: item for name, item in pack_by_hand(tensors).items() if ".layers.1.mlp.experts" in name},
+    }
+    succeeds("pack", write_folder(tmp_path / "source", mixed, CONFIG, 2), tmp_path / "packed")
+    assert read_folder(tmp_path / "packed") == pack_by_hand(tensors)
+    succeeds("unpack", tmp_path / "source", tmp_path / "unpacked")
+    assert read_folder(tmp_path / "unpacked") == tensors
+
+
+@pytest.mark.parametrize("command", ["pack", "unpack"])
+@pytest.mark.parametrize("lost", ["", "gate_up_proj"], ids=["both complete", "one incomplete"])
+def test_an_expert_in_both_layouts_is_refused(tmp_path: Path, command: str, lost: str) -> None:
+    tensors = experts_layout(layers=1)
+    packed = without(pack_by_hand(tensors), lambda name: bool(lost) and lost in name)
+    source = write_folder(tmp_path / "source", {**tensors, **packed}, CONFIG, 2)
+    message = refused_source(source, command=command)
+    assert "model.layers.0 holds experts in the layout" in message
+    assert "nothing says which of the two is right" in message
+
+
+def test_one_expert_beside_a_packed_layer_is_refused(tmp_path: Path) -> None:
+    tensors = experts_layout(layers=1)
+    name = "model.layers.0.mlp.experts.2.up_proj.weight"
+    source = write_folder(tmp_path / "source", {**pack_by_hand(tensors), name: tensors[name]}, CONFIG, 2)
+    for command in ("pack", "unpack"):
+        assert f"and also {name} of layout experts" in refused_source(source, command=command)
+
+
+RECIPE = """\
+about: two packed layouts with the same names
+model_types: [test_moe]
+dims: {E: num_experts, I: moe_intermediate_size, H: hidden_size}
+layouts:
+  hub:
+    "{block}.experts.gate_up [E, H, 2*I]": {transpose: {concat: [gate, up]}}
+    "{block}.experts.down [E, I, H]": {transpose: down}
+  packed:
+    "{block}.experts.gate_up [E, 2*I, H]": {concat: [gate, up]}
+    "{block}.experts.down [E, H, I]": down
+  experts:
+    "{block}.experts.{expert}.gate [I, H]": gate
+    "{block}.experts.{expert}.up [I, H]": up
+    "{block}.experts.{expert}.down [H, I]": down
+"""
+
+
+def square_source(folder: Path, inner: int, hidden: int) -> tuple[Path, Path]:
+    (folder / "r.yaml").write_text(RECIPE)
+    tensors = {
+        "layer.0.experts.gate_up": tensor((2, hidden, 2 * inner)),
+        "layer.0.experts.down": tensor((2, inner, hidden)),
+    }
+    config = {"num_experts": 2, "moe_intermediate_size": inner, "hidden_size": hidden}
+    return write_folder(folder / "source", tensors, config, 1), folder / "r.yaml"
+
+
+def test_a_shape_tells_two_layouts_with_the_same_names_apart(tmp_path: Path) -> None:
+    source, recipe = square_source(tmp_path, 6, 10)
+    assert " hub " in succeeds("inspect", source, "--recipe", recipe).out
+    assert "hub -> experts" in succeeds("plan", "unpack", source, "--recipe", recipe).out
+
+
+def test_where_shapes_do_not_tell_layouts_apart_the_user_must(tmp_path: Path) -> None:
+    tensors = {"layer.0.experts.gate_up": tensor((2, 8, 8)), "layer.0.experts.down": tensor((2, 8, 8))}
+    text = RECIPE.replace("2*I", "I")
+    text = text.replace("{concat: [gate, up]}", "gate").replace('    "{block}.experts.{expert}.up [I, H]": up\n', "")
+    (tmp_path / "r.yaml").write_text(text)
+    config = {"num_experts": 2, "moe_intermediate_size": 8, "hidden_size": 8}
+    source = write_folder(tmp_path / "source", tensors, config, 1)
+    message = refused_source(source, "--recipe", tmp_path / "r.yaml", command="unpack")
+    assert "layer.0: shapes fit the layouts hub or packed of recipe r alike\n" in message
+    assert "-> Say which one it is with --layout hub|packed." in message
+    for layout in ("hub", "packed"):
+        succeeds("unpack", source, tmp_path / layout, "--recipe", tmp_path / "r.yaml", "--layout", layout)
+    hub, packed = (read_folder(tmp_path / layout) for layout in ("hub", "packed"))
+    assert hub.keys() == packed.keys()
+    for name in hub:
+        assert hub[name] == transposed(packed[name])
+
+
+def test_a_model_type_without_a_recipe_is_told_which_one_fits(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", experts_layout(), {**CONFIG, "model_type": "never_seen"}, 2)
+    message = refused_source(source)
+    assert f"no recipe is for the model_type of {source} (config.json says never_seen)" in message
+    assert "Names and shapes fit " in message
+    assert "gate_up_down" in message
+    succeeds("pack", source, tmp_path / "target", "--recipe", "gate_up_down")
+    assert read_folder(tmp_path / "target") == pack_by_hand(experts_layout())
+
+
+@pytest.mark.parametrize("model_type", ["never_seen", None, 3, ["qwen3_moe"]])
+def test_a_model_type_that_nothing_fits_is_refused(tmp_path: Path, model_type: object) -> None:
+    source = write_folder(tmp_path / "source", {"a.b": tensor((2, 2))}, {"model_type": model_type}, 1)
+    message = refused_source(source)
+    assert f"(config.json says {model_type if isinstance(model_type, str) else 'nothing'})" in message
+    assert "Write a recipe for it" in message
+
+
+def test_a_checkpoint_without_experts_is_refused(tmp_path: Path) -> None:
+    tensors = without(experts_layout(), lambda name: ".experts." in name)
+    assert "holds no experts that recipe" in refusal(tmp_path, tensors)
+
+
+def test_two_sources_for_one_target_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "about: x\nmodel_types: [test_moe]\ndims: {E: num_experts, I: moe_intermediate_size}\nlayouts:\n  experts:\n"
+        '    "{block}.left.{expert}.w [I]": left\n    "{block}.right.{expert}.w [I]": right\n  packed:\n'
+        '    "{block}.w [E, I]": left\n    "{block}.w [E,I]": right\n'
+    )
+    tensors = {f"m.{side}.{expert}.w": tensor((3,)) for side in ("left", "right") for expert in range(2)}
+    source = write_folder(tmp_path / "source", tensors, {"num_experts": 2, "moe_intermediate_size": 3}, 1)
+    assert "two sources for the one target m.w: " in refused_source(source, "--recipe", tmp_path / "r.yaml")
+
+
+def test_a_tensor_of_half_bytes_is_moved_only_whole(tmp_path: Path) -> None:
+    source, recipe = square_source(tmp_path, 6, 10)
+    tensors = {
+        "layer.0.experts.gate_up": Tensor("F4", (2, 10, 12), bytes(range(120))),
+        "layer.0.experts.down": Tensor("F4", (2, 6, 10), bytes(range(60))),
+    }
+    config = {"num_experts": 2, "moe_intermediate_size": 6, "hidden_size": 10}
+    write_folder(source, tensors, config, 1)
+    message = refused_source(source, "--recipe", recipe, command="unpack")
+    assert "cannot be rearranged: its elements are smaller than a byte" in message
+    succeeds("convert", source, tmp_path / "same", "--to", "hub", "--recipe", recipe)
+    assert read_folder(tmp_path / "same") == tensors
