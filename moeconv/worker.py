@@ -105,7 +105,7 @@ class Worker:
         # What is read for a tile is larger than the tile where the source is interleaved; an eighth is for padding.
         last = len(step.block) - 1
         widest = max(axis.step for piece in step.pieces for axis in piece.source_view.axes if axis.of == last)
-        tile_nbytes = len(self._buffer) // (1 + widest) * 7 // 8
+        tile_nbytes = (len(self._buffer) - _PADDING) // (1 + widest) * 7 // 8
         for ranges in tiles_of(step, tile_nbytes):
             shape = [last - first for first, last in ranges]
             made = self._buffer[: prod(shape) * step.item_nbytes]

@@ -91,7 +91,13 @@ class Writer:
         if made_by == self.plan.fingerprint:
             if self.files.exists(self.destination / JOURNAL):  # that run died behind its last rename
                 self.files.remove_file(self.destination / JOURNAL)
-            return True
+            damaged = [file.path for file in self.plan.files if not self._is_intact(file, self.destination)]
+            if damaged and not self.overwrite:
+                raise OutputError(
+                    f"{self.destination / damaged[0]} is missing or was changed since moeconv made it",
+                    "Make the folder anew with --overwrite.",
+                )
+            return not damaged
         if made_by is None:
             raise OutputError(
                 f"{self.destination} exists and moeconv did not make it",
@@ -205,7 +211,7 @@ class Writer:
         usable = (
             head.get("fingerprint") == self.plan.fingerprint
             and (head.get("fsync") or head.get("boot") == self.files.boot_id())  # unsynced data dies with the kernel
-            and all(self._is_intact(target) for target in self.plan.files)
+            and all(self._is_intact(target, self.partial) for target in self.plan.files)
         )
         if usable and done:
             return done
@@ -230,8 +236,8 @@ class Writer:
             self._journal_nbytes += len(line)
         return head, frozenset(done)
 
-    def _is_intact(self, target: TargetFile) -> bool:
-        path = self.partial / target.path
+    def _is_intact(self, target: TargetFile, folder: Path) -> bool:
+        path = folder / target.path
         if not self.files.exists(path) or self.files.stat(path).nbytes != target.nbytes:
             return False
         head = bytearray(len(target.head))

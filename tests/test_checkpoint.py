@@ -73,7 +73,7 @@ def test_an_index_that_leaves_the_folder_is_refused(source: Path, place: object)
     write_file(source.parent / "x.safetensors", {name: tensor((7, 10))})
     change_index(source, lambda index: index["weight_map"].update({name: place}))
     message = refused_source(source)
-    assert f"{source / INDEX} places '{name}' in {str(place)!r}, which is no file name in this folder" in message
+    assert f"{source / INDEX} places '{name}' in {str(place)!r}, which is no file name here" in message
 
 
 def test_an_index_that_names_an_absent_tensor_is_refused(source: Path) -> None:

@@ -178,7 +178,7 @@ def test_a_plan_as_text_says_what_becomes_of_every_tensor(source: Path) -> None:
         "from model.layers.{0..1}.mlp.experts.{0..3}.gate_proj.weight",
         "to   model.layers.{0..1}.mlp.experts.gate_up_proj",
         "copied           6 ->       6 tensors",
-        "3.52 kB in 3 files -> 3.52 kB in 1 files",
+        "3.52 kB in 3 files -> 3.52 kB in 1 file",
     ):
         assert says in text
 
@@ -292,7 +292,7 @@ def test_a_refusal_goes_to_stderr_with_exit_code_1(source: Path) -> None:
 def test_a_conversion_ends_with_exit_code_0_and_one_line(source: Path) -> None:
     done = process("pack", source, source.parent / "target")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"{source.parent}/target: 30 tensors -> 10, 3.52 kB in 1 files, ")
+    assert done.stdout.startswith(f"{source.parent}/target: 30 tensors -> 10, 3.52 kB in 1 file, ")
     assert done.stdout.count("\n") == 1
 
 

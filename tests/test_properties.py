@@ -103,7 +103,7 @@ def test_output_does_not_depend_on_jobs_buffer_or_order(
             for number, step in enumerate(task.steps)
         ]
         random.shuffle(tasks)  # type: ignore[attr-defined]
-        memory = dataclasses.replace(one.memory, jobs=jobs, buffer=buffer * 64)
+        memory = dataclasses.replace(one.memory, jobs=jobs, buffer=192 + buffer * 64)
         other = dataclasses.replace(one, tasks=tuple(tasks), memory=memory)
         execute(other, source.parent / "other", ["test"], fsync=False)
         for path in (source.parent / "one").iterdir():

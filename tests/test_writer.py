@@ -17,13 +17,14 @@ from moeconv.errors import MoeconvError, OutputError
 from moeconv.executor import Outcome, execute
 from moeconv.files import Files, WriteFile
 from moeconv.plan import Options, Plan, plan
-from moeconv.selection import select_recipe
+from moeconv.recipe_file import load_recipe
 from tests.commands import refused, succeeds, tree
 from tests.faults import CHANGES, CountingFiles, DyingFiles, FailingFiles, FullDisk, Killed, PowerLossFiles
 from tests.folders import CONFIG, experts_layout, read_folder, tensor, write_folder
 
 JOURNAL = ".moeconv-journal"
 MANIFEST = "moeconv.json"
+RECIPE = load_recipe("gate_up_down")
 SIZES = Options(max_shard_nbytes=1500, jobs=2)
 
 
@@ -55,8 +56,7 @@ class NoSyncFile(WriteFile):
 
 
 def make_plan(source: Path, options: Options = SIZES) -> Plan:
-    checkpoint = open_checkpoint(source)
-    return plan(checkpoint, select_recipe(checkpoint), "packed", options)
+    return plan(open_checkpoint(source), RECIPE, "packed", options)
 
 
 def convert(source: Path, target: Path, files: Files | None = None, **how: Any) -> Outcome:
@@ -161,6 +161,21 @@ def test_a_finished_destination_is_left_alone_and_exit_code_is_0(source: Path) -
     assert succeeds("pack", source, target).out == f"{target}: already up to date\n"
     assert {path: path.stat().st_mtime_ns for path in target.rglob("*")} == before
     assert json.loads(succeeds("pack", source, target, "--json").out)["up_to_date"] is True
+
+
+@pytest.mark.parametrize("change", ["removed", "shorter", "other header"])
+def test_a_finished_destination_that_somebody_damaged_is_not_up_to_date(source: Path, change: str) -> None:
+    target = source.parent / "target"
+    succeeds("pack", source, target)
+    wanted, path = weights_and_sidecars(target), target / "model.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    if change != "removed":
+        path.write_bytes(content[:-1] if change == "shorter" else b"\1" + content[1:])
+    message = refused("pack", source, target, within=source.parent)
+    assert f"{path} is missing or was changed since moeconv made it\n  -> Make the folder anew" in message
+    succeeds("pack", source, target, "--overwrite")
+    assert weights_and_sidecars(target) == wanted
 
 
 def touched(source: Path) -> None:

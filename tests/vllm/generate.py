@@ -37,6 +37,7 @@ def generate(folder: Path) -> dict[str, Any]:
     model = LLM(
         str(folder),
         skip_tokenizer_init=True,
+        language_model_only=True,
         enforce_eager=True,
         dtype="bfloat16",
         seed=0,

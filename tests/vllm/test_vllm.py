@@ -23,7 +23,7 @@ from moeconv.recipe_file import shipped_folder
 
 vllm = pytest.importorskip("vllm")
 
-from tests.vllm import models  # noqa: E402  needs transformers, which comes with vLLM
+from tests.vllm import models
 
 TABLE = [entry for entry in entries() if entry.engine == "vllm"]
 CLAIMS = sorted((model_type, entry.layout, entry.reads) for entry in TABLE for model_type in entry.model_types)
