@@ -7,7 +7,7 @@ from typing import Any
 
 from moeconv.checkpoint import Checkpoint
 from moeconv.errors import PlanError
-from moeconv.layouts import Found, find_units
+from moeconv.layouts import Found, find_units, layout_lines
 from moeconv.manifest import recipe_of
 from moeconv.recipe import Recipe
 from moeconv.recipe_file import load_recipe, load_shipped
@@ -36,16 +36,23 @@ def select_recipe(source: Checkpoint, given: str | None = None, layout: str | No
             return named[0]
         if named:
             return max(named, key=lambda recipe: _fit(find_units(source, recipe, _known(recipe, layout))))
-    fitting = [
-        recipe.name for recipe in load_shipped() if _is_clean(find_units(source, recipe, _known(recipe, layout)))
-    ]
+    found = {recipe.name: (recipe, find_units(source, recipe, _known(recipe, layout))) for recipe in load_shipped()}
+    clean = {name: (recipe, units) for name, (recipe, units) in found.items() if _is_clean(units)}
+    published = [name for name, (recipe, units) in clean.items() if _is_published(units, recipe)]
+    fitting = published or list(clean)
     types = ", ".join(model_types(source.config)) or "nothing"
     raise PlanError(
         f"no recipe is for the model_type of {source.root} (config.json says {types})",
-        f"Names and shapes fit {' and '.join(fitting)}: if that is how the model computes, add --recipe {fitting[0]}."
+        f"Names and shapes fit {' and '.join(fitting)}: if the model computes like that, add --recipe NAME."
         if fitting
         else "Write a recipe for it (`moeconv recipes show gate_up_down` is an example) and give it with --recipe.",
     )
+
+
+def _is_published(found: Found, recipe: Recipe) -> bool:
+    """The experts are stored as the recipe's families are published, not in another of its layouts."""
+    hub = recipe.layout("hub")
+    return all(layout_lines(u.component, u.layout) == layout_lines(u.component, hub) for u in found.units)
 
 
 def _known(recipe: Recipe, layout: str | None) -> str | None:
