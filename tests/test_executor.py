@@ -39,3 +39,36 @@ def test_layers_of_one_checkpoint_may_be_in_different_layouts(tmp_path: Path) ->
     assert read_folder(tmp_path / "packed") == {**pack_by_hand(main), **packed_mtp}
     convert(tmp_path / "packed", tmp_path / "experts", "experts")
     assert read_folder(tmp_path / "experts") == {**main, **mtp}
+
+
+def test_mxfp4_blocks_scales_and_biases_move_together(tmp_path: Path) -> None:
+    """Rows of gate and up alternate in blocks, scales and biases alike, and come back alike."""
+    experts, inner, hidden = 11, 32, 64
+    block = "model.layers.0.mlp.experts"
+    packed = {
+        f"{block}.gate_up_proj_blocks": tensor((experts, 2 * inner, hidden // 32, 16), "U8", "blocks"),
+        f"{block}.gate_up_proj_scales": tensor((experts, 2 * inner, hidden // 32), "U8", "scales"),
+        f"{block}.gate_up_proj_bias": tensor((experts, 2 * inner), "BF16", "bias"),
+        f"{block}.down_proj_blocks": tensor((experts, hidden, inner // 32, 16), "U8", "down"),
+        f"{block}.down_proj_scales": tensor((experts, hidden, inner // 32), "U8", "down scales"),
+        f"{block}.down_proj_bias": tensor((experts, hidden), "BF16", "down bias"),
+    }
+    config = {
+        "model_type": "gpt_oss",
+        "num_local_experts": experts,
+        "intermediate_size": inner,
+        "hidden_size": hidden,
+    }
+    source = write_folder(tmp_path / "source", packed, config, 2)
+    convert(source, tmp_path / "experts", "experts")
+    made = read_folder(tmp_path / "experts")
+    for suffix, kind in (("weight_blocks", "blocks"), ("weight_scales", "scales"), ("bias", "bias")):
+        whole = packed[f"{block}.gate_up_proj_{kind}"].content
+        row = len(whole) // (experts * 2 * inner)
+        for number in range(experts * 2 * inner):
+            expert, line = divmod(number, 2 * inner)
+            part = made[f"{block}.{expert}.{('gate', 'up')[line % 2]}_proj.{suffix}"].content
+            at = line // 2 * row
+            assert part[at : at + row] == whole[number * row : (number + 1) * row]
+    convert(tmp_path / "experts", tmp_path / "back", "hub")
+    assert read_folder(tmp_path / "back") == packed
