@@ -210,7 +210,9 @@ class Writer:
             )
         usable = (
             head.get("fingerprint") == self.plan.fingerprint
-            and (head.get("fsync") or head.get("boot") == self.files.boot_id())  # unsynced data dies with the kernel
+            and (
+                head.get("fsync") or head.get("boot") == self.files.boot_id() != ""
+            )  # unsynced data dies with the kernel
             and all(self._is_intact(target, self.partial) for target in self.plan.files)
         )
         if usable and done:
