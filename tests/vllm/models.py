@@ -1,6 +1,7 @@
 """Tiny models with random weights, each saved by transformers in the layout in which its family is published.
 
-Sizes are such that no two axes of an expert can be taken for each other: hidden 64, expert 96, gate and up 192.
+Sizes are such that no two axes of an expert can be taken for each other, unless they are equal in the release too:
+hidden 64, expert 96, gate and up 192.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 EXPERTS = 8
 _EVERY = {
@@ -48,6 +50,20 @@ _LINEAR_ATTENTION = {
 }
 _GROUPS = {"n_group": 2, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.5}
 _SHARED = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1}
+_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+}
+_VISION_TOKENS = {
+    "image_token_id": 250,
+    "video_token_id": 251,
+    "vision_start_token_id": 252,
+    "vision_end_token_id": 253,
+}
 _LOCAL = {"num_local_experts": EXPERTS, "intermediate_size": 96}
 
 # What config.json says, by model_type, beside `_EVERY`.
@@ -77,6 +93,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "num_dense_layers": 1,
         "score_func": "softmax",
         "route_norm": False,
+        "n_group": 1,
+        "topk_group": 1,
     },
     "ernie4_5_moe": {**_TWO_SIZES, "moe_num_experts": EXPERTS, "moe_k": 2, "moe_num_shared_experts": 1},
     "hunyuan_v1_moe": {"num_experts": EXPERTS, "moe_topk": 2, "intermediate_size": 96, "head_dim": 32},
@@ -98,7 +116,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "layer_types": ["conv", "full_attention"],
         "tie_word_embeddings": True,
     },
-    "gpt_oss": {**_LOCAL, "head_dim": 32, "sliding_window": 128},
+    # Square as released, where no shape tells vLLM that a matrix is the other way round.
+    "gpt_oss": {"num_local_experts": EXPERTS, "intermediate_size": 64, "head_dim": 32, "sliding_window": 128},
     "llama4_text": {**_LOCAL, "head_dim": 32, "intermediate_size_mlp": 160, "num_experts_per_tok": 1},
     "qwen3_5_moe_text": {**_TWO_SIZES, **_LINEAR_ATTENTION, "num_experts": EXPERTS},
     "cohere2_moe": {"num_experts": EXPERTS, "intermediate_size": 96, "head_dim": 32, "tie_word_embeddings": True},
@@ -112,14 +131,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "vocab_size_per_layer_input": 256,
         "hidden_size_per_layer_input": 0,
-    },
-    "dbrx": {
-        "d_model": 64,
-        "n_heads": 2,
-        "n_layers": 2,
-        "max_seq_len": 256,
-        "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0},
-        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": EXPERTS, "moe_top_k": 2},
     },
     "granitemoe_swa": {**_LOCAL, "attention_multiplier": 0.18, "shared_intermediate_size": 40},
     "llama4": {
@@ -140,39 +151,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "qwen3_vl_moe": {
         "text_config": {**_TWO_SIZES, "num_experts": EXPERTS, "head_dim": 32, "norm_topk_prob": True},
-        "vision_config": {
-            "depth": 1,
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0],
-        },
-        "image_token_id": 250,
-        "video_token_id": 251,
-        "vision_start_token_id": 252,
-        "vision_end_token_id": 253,
+        "vision_config": {**_VISION, "deepstack_visual_indexes": [0]},
+        **_VISION_TOKENS,
     },
     "qwen3_5_moe": {
         "text_config": {**_TWO_SIZES, **_LINEAR_ATTENTION, "num_experts": EXPERTS},
-        "vision_config": {
-            "depth": 1,
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "num_position_embeddings": 16,
-        },
-        "image_token_id": 250,
-        "video_token_id": 251,
-        "vision_start_token_id": 252,
-        "vision_end_token_id": 253,
+        "vision_config": _VISION,
+        **_VISION_TOKENS,
     },
 }
 
 # Where the published config.json names another class than the one in transformers, and vLLM goes by that name.
 _PUBLISHED_ARCHITECTURE = {"phimoe": "PhiMoEForCausalLM"}
+# Families whose class in vLLM prepares pictures too, which takes a torchvision that can be imported.
+WITH_PICTURES = {"llama4", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe"}
+# Families that transformers saves with the last two axes of the experts' tensors the other way round.
+_PUBLISHED_TRANSPOSED = {"qwen3_vl_moe"}
 
 
 def _values(name: str, shape: torch.Size, spread: float) -> torch.Tensor:
@@ -219,3 +213,9 @@ def build(model_type: str, folder: Path, *, exchanged: bool = False) -> None:
         path = folder / "config.json"
         settings = {**json.loads(path.read_text()), "architectures": [_PUBLISHED_ARCHITECTURE[model_type]]}
         path.write_text(json.dumps(settings, indent=2))
+    if model_type in _PUBLISHED_TRANSPOSED:
+        path = folder / "model.safetensors"
+        tensors = {
+            name: tensor.mT.contiguous() if ".experts." in name else tensor for name, tensor in load_file(path).items()
+        }
+        save_file(tensors, path, {"format": "pt"})
