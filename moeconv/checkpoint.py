@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moeconv.errors import CheckpointError, Problem
 from moeconv.files import Files, FileStat
@@ -35,8 +35,7 @@ _OTHER_INDEXES = (".bin.index.json", ".h5.index.json", ".msgpack.index.json", ".
 _LEFT_OUT_FOLDERS = {"original": "the publisher's own format", ".git": "version control", ".cache": "download cache"}
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor and where its bytes lie: `offset` in file number `file` of the checkpoint."""
 
     spec: Spec
@@ -44,8 +43,7 @@ class StoredTensor:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class WeightFile:
+class WeightFile(NamedTuple):
     """A safetensors file of the checkpoint.
 
     Attributes:
@@ -63,8 +61,7 @@ class WeightFile:
     metadata: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class LeftOut:
+class LeftOut(NamedTuple):
     """A file that is not carried over, and why."""
 
     path: str
@@ -72,8 +69,7 @@ class LeftOut:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """What a folder holds. `tensors` is in natural order of files, then of their offsets."""
 
     root: Path

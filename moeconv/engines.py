@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from moeconv.recipe import Recipe
 from moeconv.recipe_file import shipped_folder
@@ -14,8 +13,7 @@ from moeconv.yamldoc import Yaml, nearest, read_yaml
 _KEYS = ("engine", "layout", "model_types", "reads", "why")
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """Whether an engine reads a result: `reads` is yes, no or unknown; `why` how that is known."""
 
     engine: str
@@ -23,8 +21,7 @@ class Reading:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     engine: str
     layout: str
     model_types: frozenset[str]

@@ -14,13 +14,12 @@ An error carries one or more `Problem`s, because all problems of a plan are show
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 SHOWN_PROBLEMS = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """One thing that is wrong (`message`: what, where, numbers) and what to do about it (`remedy`)."""
 
     message: str

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moeconv.engines import model_type_of
 from moeconv.files import Files
@@ -19,8 +18,7 @@ from moeconv.tensors import Spec
 SCHEMA_VERSION = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """Tensors of a plan that share a fate.
 
     Attributes:
@@ -96,8 +94,7 @@ def _copied(what: str, why: str, specs: Sequence[Spec]) -> Group:
     return Group(what, why, names, names, len(specs), len(specs), size, size, str(specs[0]))
 
 
-@dataclass(frozen=True, slots=True)
-class Disk:
+class Disk(NamedTuple):
     """Bytes that a run needs on the destination's disk, and bytes that are free there."""
 
     needed: int

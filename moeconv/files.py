@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from moeconv.errors import CheckpointError, OutputError
 
@@ -24,8 +24,7 @@ MAX_IO_BYTES = 0x7FFFF000
 _HAS_PREADV = hasattr(os, "preadv")  # not on macOS before 11
 
 
-@dataclass(frozen=True, slots=True)
-class FileStat:
+class FileStat(NamedTuple):
     """A regular file below a folder.
 
     Attributes:
@@ -287,7 +286,9 @@ class Files:
         return WriteFile(path, fd)
 
     def _reserve(self, fd: int, nbytes: int) -> None:
-        if nbytes and hasattr(os, "posix_fallocate"):
+        if nbytes == 0:
+            return  # a truncated file, even to the size it has, ext4 sends to the disk as soon as it is closed
+        if hasattr(os, "posix_fallocate"):
             try:
                 os.posix_fallocate(fd, 0, nbytes)
                 return

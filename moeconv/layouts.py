@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from moeconv.checkpoint import Checkpoint, StoredTensor
 from moeconv.dims import Dim
@@ -22,8 +22,7 @@ from moeconv.tensors import Shape
 Hits = dict[int, StoredTensor]
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
+class Unit(NamedTuple):
     """One component of a recipe found in one block (layer) of a checkpoint.
 
     Attributes:
@@ -52,8 +51,7 @@ def layout_lines(component: Component, layout: str) -> set[tuple[Pattern, tuple[
     return {(rule.pattern, rule.claim, rule.value) for rule in component.rules[layout]}
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """Units of a checkpoint, the tensors that belong to none, and what is wrong."""
 
     units: tuple[Unit, ...]

@@ -7,8 +7,8 @@ the moves that fill it; every element of every target is written by exactly one 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from moeconv.checkpoint import StoredTensor
 from moeconv.errors import Problem
@@ -18,8 +18,7 @@ from moeconv.recipe import Recipe, Rule, stored_shape
 from moeconv.tensors import Shape, Spec, View
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(NamedTuple):
     """One part of one block.
 
     Attributes:
@@ -33,8 +32,7 @@ class Move:
     route: Route
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """A part as it lies in source and target blocks; the same for all experts of a unit.
 
     Attributes:
@@ -55,8 +53,7 @@ class Route:
         return cls(source, target, (source.first, target.first, prod(source.shape)) if is_run else None)
 
 
-@dataclass(frozen=True, slots=True)
-class Fill:
+class Fill(NamedTuple):
     """A block of the target tensor, `block` elements from element `at` on, and what fills it.
 
     Without moves the block is zeros.
@@ -68,8 +65,7 @@ class Fill:
     moves: tuple[Move, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(NamedTuple):
     """What becomes of one unit: its targets, and the fills that make them."""
 
     unit: Unit
@@ -78,14 +74,13 @@ class Change:
     fills: tuple[Fill, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Stack:
+class _Stack(NamedTuple):
     """How one rule stores the parts of several experts.
 
     Attributes:
         rule: the rule.
         first: id of expert 0 in names, where names have ids.
-        count: experts in one tensor; None where a tensor holds one expert or nothing of an expert.
+        size: experts in one tensor; None where a tensor holds one expert or nothing of an expert.
         pad: room for further experts.
         block: shape of one expert's block.
         views: where each part lies in the block.
@@ -94,7 +89,7 @@ class _Stack:
 
     rule: Rule
     first: int
-    count: int | None
+    size: int | None
     pad: int
     block: Shape
     views: Mapping[str, View]
@@ -171,11 +166,11 @@ def _fills(
 ) -> Iterator[Fill]:
     """Fills of all tensors of one target rule, expert by expert."""
     size = prod(stack.block)
-    experts = stack.count if stack.count is not None else len(sources[parts[0]][1])
+    experts = stack.size if stack.size is not None else len(sources[parts[0]][1])
     if stack.rule.pattern.ids is not None:
         from_stack = sources[parts[0]][0]
-        experts = from_stack.count if from_stack.count is not None else experts
-    elif stack.count is None:
+        experts = from_stack.size if from_stack.size is not None else experts
+    elif stack.size is None:
         experts = 1
     named = stack.rule.pattern.ids is not None
     taken = [(*sources[part], Route.between(sources[part][0].views[part], stack.views[part])) for part in parts]

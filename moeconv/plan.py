@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from moeconv import __version__
 from moeconv.checkpoint import INDEX, SINGLE, Checkpoint, StoredTensor
@@ -39,8 +39,7 @@ BASELINE_BYTES = 64 << 20
 NAME_BYTES = 3000
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(NamedTuple):
     """What a user may choose about a conversion, apart from where to.
 
     Attributes:
@@ -58,8 +57,7 @@ class Options:
     include: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class TargetFile:
+class TargetFile(NamedTuple):
     """A weight file to write: `head` (length and header), then `nbytes` in all; tensors in the order of the file."""
 
     path: str
@@ -68,8 +66,7 @@ class TargetFile:
     specs: tuple[Spec, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
+class Memory(NamedTuple):
     """Peak host memory of the run, in bytes, and what it is made of."""
 
     baseline: int

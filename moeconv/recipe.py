@@ -18,7 +18,7 @@ says "stack". Shapes are claims, checked against headers in every run and agains
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from moeconv.dims import Dim
 from moeconv.names import Pattern
@@ -28,8 +28,7 @@ from moeconv.tensors import Shape
 LAYOUTS = ("hub", "packed", "experts")
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """One kind of tensor in one layout.
 
     Attributes:
@@ -47,8 +46,7 @@ class Rule:
     where: str
 
 
-@dataclass(frozen=True, slots=True)
-class Component:
+class Component(NamedTuple):
     """Parts that some layout joins, directly or through others: they are found and moved together.
 
     Attributes:
@@ -60,8 +58,7 @@ class Component:
     rules: Mapping[str, tuple[Rule, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
+class Recipe(NamedTuple):
     """A checked recipe.
 
     Attributes:

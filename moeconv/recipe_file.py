@@ -32,7 +32,8 @@ def shipped_names() -> list[str]:
 
 def load_shipped(word: str = "") -> list[Recipe]:
     """All recipes that come with moeconv; with a `word`, only those whose text holds it, to save time."""
-    texts = ((name, *recipe_text(name)) for name in shipped_names())
+    folder = shipped_folder()
+    texts = ((name, *_read(folder / f"{name}.yaml")) for name in shipped_names())
     return [parse_recipe(text, name, str(path)) for name, text, path in texts if word in text]
 
 
@@ -58,6 +59,10 @@ def recipe_text(name_or_path: str) -> tuple[str, Path]:
             f"there is no recipe {name_or_path!r}, neither shipped nor as a file",
             nearest(name_or_path, shipped_names()),
         )
+    return _read(path)
+
+
+def _read(path: Path) -> tuple[str, Path]:
     try:
         return path.read_text(encoding="utf-8"), path
     except (OSError, UnicodeDecodeError) as error:

@@ -7,9 +7,9 @@ order, on any thread.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise, product
 from math import isqrt, prod
+from typing import NamedTuple
 
 from moeconv.moves import Fill
 from moeconv.tensors import DTYPE_BITS, Shape, View, row_major_strides
@@ -18,8 +18,7 @@ from moeconv.tensors import DTYPE_BITS, Shape, View, row_major_strides
 TASK_BYTES = 64 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """`nbytes` bytes from one place to another."""
 
     source_file: int
@@ -29,8 +28,7 @@ class Copy:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Zeros:
+class Zeros(NamedTuple):
     """`nbytes` zero bytes."""
 
     target_file: int
@@ -38,8 +36,7 @@ class Zeros:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of a `Rearrange`: seen as `source_view` in the source block whose first byte is at `source_offset`."""
 
     source_file: int
@@ -48,8 +45,7 @@ class Piece:
     target_view: View
 
 
-@dataclass(frozen=True, slots=True)
-class Rearrange:
+class Rearrange(NamedTuple):
     """Rows `first` to `last` (excluded, along axis 0) of a target block, filled element by element.
 
     Attributes:
@@ -86,8 +82,7 @@ class Rearrange:
 Step = Copy | Zeros | Rearrange
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """Steps that are done and journalled together. `id` is the same in every run of the same plan."""
 
     id: str
@@ -295,8 +290,7 @@ def rows_of(
         yield at, count, step * strides[axis - 1], length
 
 
-@dataclass(frozen=True, slots=True)
-class Overlap:
+class Overlap(NamedTuple):
     """What one piece gives to one tile.
 
     Attributes:

@@ -8,8 +8,8 @@ hold the same numbers at other places, and converting between them is copying fr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 Shape = tuple[int, ...]
 
@@ -24,8 +24,7 @@ DTYPE_BITS: dict[str, int] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Spec:
+class Spec(NamedTuple):
     """A tensor's name, dtype (a safetensors name such as "BF16") and shape."""
 
     name: str
@@ -41,8 +40,7 @@ class Spec:
         return f"{self.name} {self.dtype} {list(self.shape)}"
 
 
-@dataclass(frozen=True, slots=True)
-class Axis:
+class Axis(NamedTuple):
     """Where one axis of a piece lies in its block: index `i` is at `start + step * i` of block axis `of`."""
 
     of: int
@@ -50,8 +48,7 @@ class Axis:
     step: int
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """A piece as it lies inside a row-major block of the same rank.
 
     Attributes:

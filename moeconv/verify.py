@@ -7,9 +7,8 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.errors import Problem
@@ -24,8 +23,7 @@ from moeconv.worker import OpenFiles, Worker
 _COMPARE_BYTES = 256 << 10
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(NamedTuple):
     """Result of a verification.
 
     Attributes:

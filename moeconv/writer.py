@@ -1,7 +1,8 @@
 """The destination: `DST.partial` while work goes on, `DST` when and only when it is complete.
 
     DST.partial/model-00001-of-00004.safetensors   final size from the start, header written first
-    DST.partial/.moeconv-journal                   one JSON line for the plan, then one for each batch of tasks
+    DST.partial/.moeconv-journal                   empty; with the first batch of tasks a JSON line for the plan,
+                                                   then one for each batch
 
 A journal line follows the data it speaks of: with fsync on, tasks are journalled only after their bytes
 are durable. At the end everything is synced, the folder gets its name in one rename, and the journal goes.
@@ -179,7 +180,6 @@ class Writer:
             finally:
                 file.close()
         self._journal_nbytes = 0
-        self._append({"fingerprint": self.plan.fingerprint, "fsync": self.fsync, "boot": self.files.boot_id()})
 
     def _lock(self) -> None:
         assert self._journal is not None
@@ -271,6 +271,8 @@ class Writer:
                     file.sync()
                 finally:
                     file.close()
+        if not self._journal_nbytes:
+            self._append({"fingerprint": self.plan.fingerprint, "fsync": self.fsync, "boot": self.files.boot_id()})
         self._append({"done": [task.id for task in tasks]})
 
     def finish(self, manifest: bytes) -> None:

@@ -98,12 +98,12 @@ def test_output_does_not_depend_on_jobs_buffer_or_order(
         one = plan_of(source, layout, jobs=1, max_shard_nbytes=700)
         execute(one, source.parent / "one", ["test"], fsync=False)
         tasks: list[Task] = [
-            dataclasses.replace(task, id=f"{task.id}/{number}", steps=(step,), nbytes=step.nbytes)
+            task._replace(id=f"{task.id}/{number}", steps=(step,), nbytes=step.nbytes)
             for task in one.tasks
             for number, step in enumerate(task.steps)
         ]
         random.shuffle(tasks)  # type: ignore[attr-defined]
-        memory = dataclasses.replace(one.memory, jobs=jobs, buffer=192 + buffer * 64)
+        memory = one.memory._replace(jobs=jobs, buffer=192 + buffer * 64)
         other = dataclasses.replace(one, tasks=tuple(tasks), memory=memory)
         execute(other, source.parent / "other", ["test"], fsync=False)
         for path in (source.parent / "one").iterdir():

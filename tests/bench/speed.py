@@ -1,6 +1,6 @@
 """How long moeconv takes against a plain copy of the same folder: whole processes, run in turn, medians of pairs.
 
-    python tests/bench/speed.py FOLDER [PAIRS]
+    python tests/bench/speed.py FOLDER [PAIRS [LAYERS]]
 
 Before every run its output is removed and the disk synced; the source is in the page cache. Prints one line
 for each command: median seconds, median of the pairwise ratios, and their quartiles. `with fsync` is held
@@ -9,6 +9,7 @@ against `cp` followed by `sync -f`.
 
 from __future__ import annotations
 
+import compileall
 import os
 import shutil
 import statistics
@@ -61,9 +62,11 @@ def compare(what: str, ours: list[str], copy: list[str], source: Path, output: P
 def main() -> None:
     """Pack and unpack, without and with fsync."""
     folder = Path(sys.argv[1])
+    compileall.compile_dir(Path(__file__).parents[2] / "moeconv", quiet=1)  # as in an installed package
     pairs = int(sys.argv[2]) if len(sys.argv) > 2 else 9
+    layers = int(sys.argv[3]) if len(sys.argv) > 3 else 4
     source, packed, output = folder / "qwen3", folder / "qwen3-packed", folder / "output"
-    nbytes = sources.write(source, sources.qwen3(layers=4), sources.QWEN3_30B_A3B)
+    nbytes = sources.write(source, sources.qwen3(layers), sources.QWEN3_30B_A3B)
     print(f"{nbytes / 1e9:.2f} GB of Qwen3-30B-A3B matrix sizes, {os.cpu_count()} cores")
     for what, start in (("pack", source), ("unpack", packed)):
         for mode, options in (("--no-fsync", ["--no-fsync"]), ("with fsync", [])):
