@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from moeconv.errors import CheckpointError, Problem
 from moeconv.files import Files, FileStat
+from moeconv.formats import Format
 from moeconv.header import HeaderError, header_length, header_problem, parse_header, read_json
 from moeconv.tensors import Spec
 
@@ -36,11 +37,22 @@ _LEFT_OUT_FOLDERS = {"original": "the publisher's own format", ".git": "version 
 
 
 class StoredTensor(NamedTuple):
-    """A tensor and where its bytes lie: `offset` in file number `file` of the checkpoint."""
+    """A tensor and where its bytes lie: `offset` in file number `file` of the checkpoint.
+
+    A matrix that is stored quantized has no place of its own; `encoded` says where its parts are.
+    """
 
     spec: Spec
     file: int
     offset: int
+    encoded: Encoded | None = None
+
+
+class Encoded(NamedTuple):
+    """A matrix as a quantized checkpoint holds it: its format, and the stored tensors by suffix."""
+
+    format: Format
+    parts: Mapping[str, StoredTensor]
 
 
 class WeightFile(NamedTuple):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -15,54 +14,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-import typer.core
 
 from moeconv import __version__
-from moeconv.errors import MoeconvError, UsageError
+from moeconv.errors import MoeconvError
+from moeconv.options import (
+    Command, Destination, DryRunOption, DtypeOption, FormatOption, Group, GroupOption, IgnoreOption,
+    IncludeOption, JobsOption, JsonOption, LayoutOption, MemoryOption, NoFsyncOption, NonfiniteOption, OnlyOption,
+    OptionalDestination, OverwriteOption, RecipeOption, ScaleOption, ShardOption, Source, ToOption, Ue8m0Option,
+    check_layouts, parse_dtype, parse_size,
+)  # fmt: skip
 
 if TYPE_CHECKING:
-    from moeconv.plan import Plan
-
-
-class _Plain:
-    """Converts what the command line gives for text, paths and lists of text; the rest it leaves to typer.
-
-    typer checks values with pydantic, whose import takes 0.15 s, a third of what a command needs to start.
-    """
-
-    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
-        if value is None:
-            return () if param.multiple else None
-        annotation = param.type_descriptor.annotation
-        if annotation is str:
-            return value
-        if annotation is Path:
-            return Path(value)
-        if annotation == list[str]:
-            return list(value)
-        param._runtime_param = None  # typer makes its own
-        return param.get_runtime_param().coerce(value, param=param, ctx=ctx)
-
-
-class _Command(typer.core.TyperCommand):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        _convert_plainly(self.params)
-
-
-class _Group(typer.core.TyperGroup):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        _convert_plainly(self.params)
-
-
-def _convert_plainly(params: Sequence[Any]) -> None:
-    for param in params:
-        param._runtime_param = _Plain()  # a typer that does not know the attribute converts as ever
+    from moeconv.checkpoint import Checkpoint
+    from moeconv.plan import Options, Plan
+    from moeconv.recipe import Recipe
 
 
 app = typer.Typer(
-    cls=_Group,
+    cls=Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -71,72 +40,13 @@ app = typer.Typer(
     epilog="Exit codes: 0 done or already up to date, 1 cannot, 2 wrong command line, 130 interrupted.",
 )
 plan_app = typer.Typer(
-    cls=_Group, no_args_is_help=True, rich_markup_mode=None, help="Show what a command would do, from headers alone."
+    cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Show what a command would do, from headers alone."
 )
-recipes_app = typer.Typer(cls=_Group, no_args_is_help=True, rich_markup_mode=None, help="List, show and check recipes.")
+recipes_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None, help="List, show and check recipes.")
 app.add_typer(plan_app, name="plan")
 app.add_typer(recipes_app, name="recipes")
 
 INTERRUPTED = 130
-_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_UNITS |= {f"{unit}B": size for unit, size in _UNITS.items() if len(unit) == 1 and unit != "B"}
-_UNITS |= {f"{unit}iB": 1024**power for power, unit in enumerate("KMGT", 1)}
-
-Source = Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint folder: config.json and *.safetensors.")]
-Destination = Annotated[Path, typer.Argument(metavar="DST", help="Folder to make; it exists only when it is complete.")]
-OptionalDestination = Annotated[
-    Path | None, typer.Argument(metavar="[DST]", help="Where it would be written, to measure free space there.")
-]
-RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", help="Shipped recipe by name, or a file.", metavar="NAME|FILE")
-]
-LayoutOption = Annotated[
-    str | None, typer.Option("--layout", help="Layout of SRC, where shapes do not tell.", metavar="hub|packed|experts")
-]
-ToOption = Annotated[str, typer.Option("--to", help="Layout to convert to.", metavar="hub|packed|experts")]
-IncludeOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--include", help="A safetensors file in SRC that no index names but that belongs to the model. Repeatable."
-    ),
-]
-ShardOption = Annotated[
-    str, typer.Option("--max-shard-size", help="Largest weight file, unless one tensor is larger.", metavar="SIZE")
-]
-JobsOption = Annotated[int | None, typer.Option("--jobs", min=1, help="Threads. Default: one a core, at most 8.")]
-MemoryOption = Annotated[
-    str | None, typer.Option("--max-memory", help="Most host memory to use, such as 500MB.", metavar="SIZE")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
-NoFsyncOption = Annotated[
-    bool, typer.Option("--no-fsync", help="Do not wait for the disk: a power loss may damage a finished DST.")
-]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace a DST that moeconv made, or discard an unfinished run.")
-]
-
-
-def parse_size(text: str, option: str) -> int:
-    """Bytes of `5GB`, `512MiB` or `1000000`.
-
-    Raises:
-        UsageError: not a size above zero.
-    """
-    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", text)
-    unit = next((unit for unit in _UNITS if match and unit.lower() == match[2].lower()), None)
-    nbytes = int(float(match[1]) * _UNITS[unit]) if match and unit is not None else 0
-    if nbytes <= 0:
-        raise UsageError(f"{option} {text!r} is not a size", "Write a number with a unit: 500MB, 4GiB.")
-    return nbytes
-
-
-def _check_layouts(to: str | None, layout: str | None) -> None:
-    from moeconv.recipe import LAYOUTS
-
-    for option, value in (("--to", to), ("--layout", layout)):
-        if value is not None and value not in LAYOUTS:
-            raise UsageError(f"{option} {value!r} is no layout", f"Known: {', '.join(LAYOUTS)}.")
 
 
 def _make_plan(
@@ -149,11 +59,23 @@ def _make_plan(
     jobs: int | None,
     max_memory: str | None,
 ) -> Plan:
+    from moeconv.plan import plan
+
+    check_layouts(to, layout)
+    checkpoint, found, options = _open(source, recipe, layout, include, max_shard_size, jobs, max_memory)
+    return plan(checkpoint, found, to, options)
+
+
+def _open(
+    source: Path, recipe: str | None, layout: str | None, include: Sequence[str] | None, max_shard_size: str,
+    jobs: int | None, max_memory: str | None,
+) -> tuple[Checkpoint, Recipe, Options]:  # fmt: skip
+    """The checkpoint, its recipe, and the options of every command that writes."""
     from moeconv.checkpoint import open_checkpoint
-    from moeconv.plan import Options, plan
+    from moeconv.plan import Options
     from moeconv.selection import select_recipe
 
-    _check_layouts(to, layout)
+    check_layouts(None, layout)
     options = Options(
         max_shard_nbytes=parse_size(max_shard_size, "--max-shard-size"),
         jobs=jobs,
@@ -162,7 +84,7 @@ def _make_plan(
         include=tuple(include or ()),
     )
     checkpoint = open_checkpoint(source, include=options.include)
-    return plan(checkpoint, select_recipe(checkpoint, recipe, layout), to, options)
+    return checkpoint, select_recipe(checkpoint, recipe, layout), options
 
 
 def _show_plan(made: Plan, destination: Path, *, as_json: bool) -> None:
@@ -226,7 +148,7 @@ def _convert(
         _run(made, destination, fsync=not no_fsync, overwrite=overwrite, as_json=as_json)
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def pack(
     source: Source, destination: Destination, recipe: RecipeOption = None, layout: LayoutOption = None,
     include: IncludeOption = None, max_shard_size: ShardOption = "5GB", jobs: JobsOption = None,
@@ -240,7 +162,7 @@ def pack(
     )  # fmt: skip
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def unpack(
     source: Source, destination: Destination, recipe: RecipeOption = None, layout: LayoutOption = None,
     include: IncludeOption = None, max_shard_size: ShardOption = "5GB", jobs: JobsOption = None,
@@ -254,7 +176,7 @@ def unpack(
     )  # fmt: skip
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def convert(
     source: Source, destination: Destination, to: ToOption, recipe: RecipeOption = None, layout: LayoutOption = None,
     include: IncludeOption = None, max_shard_size: ShardOption = "5GB", jobs: JobsOption = None,
@@ -268,6 +190,68 @@ def convert(
     )  # fmt: skip
 
 
+def _plan_quantize(
+    source: Path, recipe: str | None, layout: str | None, include: Sequence[str] | None, max_shard_size: str,
+    jobs: int | None, max_memory: str | None, format_: str | None, ignore: Sequence[str] | None,
+    only: Sequence[str] | None, group_size: int | None, scale: str | None, ue8m0: bool, dtype: str | None,
+    allow_nonfinite: bool,
+) -> Plan:  # fmt: skip
+    from moeconv.quantize import plan_quantize
+    from moeconv.scheme import build_scheme
+
+    wanted = {"group_size": group_size, "search": scale, "ue8m0": ue8m0 or None}
+    scheme, recipe = build_scheme(
+        format_, {name: value for name, value in wanted.items() if value is not None}, recipe, tuple(ignore or ()),
+        tuple(only or ()), parse_dtype(dtype), allow_nonfinite,
+    )  # fmt: skip
+    checkpoint, found, options = _open(source, recipe, layout, include, max_shard_size, jobs, max_memory)
+    return plan_quantize(checkpoint, found, scheme, options)
+
+
+@app.command(cls=Command)
+def quantize(
+    source: Source, destination: Destination, format_: FormatOption = None,
+    ignore: IgnoreOption = None, only: OnlyOption = None, group_size: GroupOption = None, scale: ScaleOption = None,
+    ue8m0: Ue8m0Option = False, dtype: DtypeOption = None, allow_nonfinite: NonfiniteOption = False,
+    recipe: RecipeOption = None, layout: LayoutOption = None, include: IncludeOption = None,
+    max_shard_size: ShardOption = "5GB", jobs: JobsOption = None, max_memory: MemoryOption = None,
+    as_json: JsonOption = False, dry_run: DryRunOption = False, no_fsync: NoFsyncOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:  # fmt: skip
+    """Store matrices with fewer bits: experts and linear layers, unless rules say otherwise."""
+    from moeconv.writer import check_destination
+
+    check_destination(source, destination)
+    made = _plan_quantize(
+        source, recipe, layout, include, max_shard_size, jobs, max_memory, format_, ignore, only, group_size,
+        scale, ue8m0, dtype, allow_nonfinite,
+    )  # fmt: skip
+    if dry_run:
+        _show_plan(made, destination, as_json=as_json)
+    else:
+        _run(made, destination, fsync=not no_fsync, overwrite=overwrite, as_json=as_json)
+
+
+@app.command(cls=Command)
+def dequantize(
+    source: Source, destination: Destination, dtype: DtypeOption = None, recipe: RecipeOption = None,
+    layout: LayoutOption = None, include: IncludeOption = None, max_shard_size: ShardOption = "5GB",
+    jobs: JobsOption = None, max_memory: MemoryOption = None, as_json: JsonOption = False,
+    dry_run: DryRunOption = False, no_fsync: NoFsyncOption = False, overwrite: OverwriteOption = False,
+) -> None:  # fmt: skip
+    """Decode quantized matrices to full precision; layouts stay as they are."""
+    from moeconv.quantize import plan_dequantize
+    from moeconv.writer import check_destination
+
+    check_destination(source, destination)
+    checkpoint, found, options = _open(source, recipe, layout, include, max_shard_size, jobs, max_memory)
+    made = plan_dequantize(checkpoint, found, parse_dtype(dtype), options)
+    if dry_run:
+        _show_plan(made, destination, as_json=as_json)
+    else:
+        _run(made, destination, fsync=not no_fsync, overwrite=overwrite, as_json=as_json)
+
+
 def _plan(
     source: Path, destination: Path | None, to: str, recipe: str | None, layout: str | None,
     include: list[str] | None, max_shard_size: str, jobs: int | None, max_memory: str | None, as_json: bool,
@@ -276,7 +260,7 @@ def _plan(
     _show_plan(made, destination or source.resolve().parent, as_json=as_json)
 
 
-@plan_app.command("pack", cls=_Command)
+@plan_app.command("pack", cls=Command)
 def plan_pack(
     source: Source, destination: OptionalDestination = None, recipe: RecipeOption = None, layout: LayoutOption = None,
     include: IncludeOption = None, max_shard_size: ShardOption = "5GB", jobs: JobsOption = None,
@@ -286,7 +270,7 @@ def plan_pack(
     _plan(source, destination, "packed", recipe, layout, include, max_shard_size, jobs, max_memory, as_json)
 
 
-@plan_app.command("unpack", cls=_Command)
+@plan_app.command("unpack", cls=Command)
 def plan_unpack(
     source: Source, destination: OptionalDestination = None, recipe: RecipeOption = None, layout: LayoutOption = None,
     include: IncludeOption = None, max_shard_size: ShardOption = "5GB", jobs: JobsOption = None,
@@ -296,7 +280,7 @@ def plan_unpack(
     _plan(source, destination, "experts", recipe, layout, include, max_shard_size, jobs, max_memory, as_json)
 
 
-@plan_app.command("convert", cls=_Command)
+@plan_app.command("convert", cls=Command)
 def plan_convert(
     source: Source, to: ToOption, destination: OptionalDestination = None, recipe: RecipeOption = None,
     layout: LayoutOption = None, include: IncludeOption = None, max_shard_size: ShardOption = "5GB",
@@ -306,7 +290,24 @@ def plan_convert(
     _plan(source, destination, to, recipe, layout, include, max_shard_size, jobs, max_memory, as_json)
 
 
-@app.command(cls=_Command)
+@plan_app.command("quantize", cls=Command)
+def plan_quantize_command(
+    source: Source, destination: OptionalDestination = None, format_: FormatOption = None,
+    ignore: IgnoreOption = None, only: OnlyOption = None, group_size: GroupOption = None, scale: ScaleOption = None,
+    ue8m0: Ue8m0Option = False, dtype: DtypeOption = None, allow_nonfinite: NonfiniteOption = False,
+    recipe: RecipeOption = None, layout: LayoutOption = None, include: IncludeOption = None,
+    max_shard_size: ShardOption = "5GB", jobs: JobsOption = None, max_memory: MemoryOption = None,
+    as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """What `moeconv quantize` would do."""
+    made = _plan_quantize(
+        source, recipe, layout, include, max_shard_size, jobs, max_memory, format_, ignore, only, group_size,
+        scale, ue8m0, dtype, allow_nonfinite,
+    )  # fmt: skip
+    _show_plan(made, destination or source.resolve().parent, as_json=as_json)
+
+
+@app.command(cls=Command)
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DST", help="Folder to check.")],
     against: Annotated[
@@ -323,7 +324,7 @@ def verify(
     from moeconv.explain import size
     from moeconv.verify import verify_folder
 
-    _check_layouts(None, layout)
+    check_layouts(None, layout)
     report = verify_folder(open_checkpoint(folder), against, recipe, layout, jobs)
     if as_json:
         _print_json(report.json())
@@ -336,7 +337,7 @@ def verify(
     print(f"{folder}: {report.tensors:,} tensors, structure right{compared}")
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def inspect(
     source: Source, recipe: RecipeOption = None, layout: LayoutOption = None, as_json: JsonOption = False
 ) -> None:
@@ -346,7 +347,7 @@ def inspect(
     from moeconv.inspect import inspect_json, inspect_text
     from moeconv.selection import select_recipe
 
-    _check_layouts(None, layout)
+    check_layouts(None, layout)
     checkpoint = open_checkpoint(source)
     try:
         found = select_recipe(checkpoint, recipe, layout)
@@ -356,7 +357,7 @@ def inspect(
     _print_json(report) if as_json else print(inspect_text(report))
 
 
-@recipes_app.command("list", cls=_Command)
+@recipes_app.command("list", cls=Command)
 def recipes_list(as_json: JsonOption = False) -> None:
     """All shipped recipes."""
     from moeconv.recipe_file import load_shipped
@@ -374,7 +375,7 @@ def recipes_list(as_json: JsonOption = False) -> None:
         print(f"{recipe.name}\n    {recipe.about}\n    for {', '.join(recipe.model_types)}")
 
 
-@recipes_app.command("show", cls=_Command)
+@recipes_app.command("show", cls=Command)
 def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME", help="Recipe name or file.")]) -> None:
     """Print a recipe's file."""
     from moeconv.recipe_file import recipe_text
@@ -382,7 +383,7 @@ def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME", help="Recip
     print(recipe_text(name)[0], end="")
 
 
-@recipes_app.command("check", cls=_Command)
+@recipes_app.command("check", cls=Command)
 def recipes_check(file: Annotated[str, typer.Argument(metavar="FILE", help="Recipe file or name.")]) -> None:
     """Check a recipe file: words, shapes, and that its layouts agree with each other."""
     from moeconv.recipe_file import load_recipe

@@ -12,7 +12,7 @@ from moeconv.layouts import Unit
 from moeconv.moves import Change
 from moeconv.names import collapse
 from moeconv.ops import Part, parts_of
-from moeconv.plan import Plan
+from moeconv.plan import Plan, Value
 from moeconv.tensors import Spec
 
 SCHEMA_VERSION = 1
@@ -46,6 +46,8 @@ class Group(NamedTuple):
 
 def groups_of(plan: Plan) -> list[Group]:
     """What becomes of every tensor of the source."""
+    if plan.scheme is not None:
+        return _valued(plan)
     groups = [_changed(plan, changes) for changes in _alike(plan.changes)]
     kept: dict[tuple[str, int], list[Unit]] = {}
     for unit in plan.kept:
@@ -57,6 +59,37 @@ def groups_of(plan: Plan) -> list[Group]:
         specs = [tensor.spec for tensor in plan.copied]
         groups.append(_copied("copied", "no rule of the recipe names them; copied byte for byte", specs))
     return groups
+
+
+def _valued(plan: Plan) -> list[Group]:
+    """Groups of a quantization: what has the same fate for the same reason."""
+    alike: dict[tuple[str, str], list[Value]] = {}
+    for value in plan.values:
+        what = value.format.name if value.format else "decoded" if value.source else "copied"
+        alike.setdefault((what, value.why), []).append(value)
+    groups = []
+    for (what, why), values in alike.items():
+        sources: dict[str, Spec] = {}
+        for value in values:
+            for move in value.fill.moves:
+                parts = move.source.encoded.parts.values() if move.source.encoded else (move.source,)
+                sources.update((tensor.spec.name, tensor.spec) for tensor in parts)
+        targets = [spec for value in values for spec, _ in value.parts]
+        groups.append(
+            Group(
+                what,
+                why,
+                tuple(collapse(list(sources))),
+                tuple(collapse([spec.name for spec in targets])),
+                len(sources),
+                len(targets),
+                sum(spec.nbytes for spec in sources.values()),
+                sum(spec.nbytes for spec in targets),
+                str(targets[0]),
+            )
+        )
+    order = {"copied": 2, "decoded": 1}
+    return sorted(groups, key=lambda group: (order.get(group.what, 0), -group.nbytes_out))
 
 
 def _alike(changes: Iterable[Change]) -> list[list[Change]]:
@@ -124,7 +157,8 @@ def plan_json(plan: Plan, disk: Disk) -> dict[str, Any]:
             }
             for group in groups_of(plan)
         ],
-        "bytes_in": plan.source.nbytes,
+        "bytes_in": _bytes_in(plan),
+        "unquantized_share": unquantized_share(plan),
         "bytes_out": sum(spec.nbytes for file in plan.files for spec in file.specs),
         "files": [{"path": file.path, "bytes": file.nbytes, "tensors": len(file.specs)} for file in plan.files],
         "sidecars": [{"path": file.path, "bytes": file.nbytes} for file in plan.source.sidecars],
@@ -133,12 +167,30 @@ def plan_json(plan: Plan, disk: Disk) -> dict[str, Any]:
         "peak_memory_bytes": memory.peak,
         "memory": {
             "baseline_bytes": memory.baseline, "names_bytes": memory.names,
-            "jobs": memory.jobs, "buffer_bytes": memory.buffer,
+            "jobs": memory.jobs, "buffer_bytes": memory.buffer, "scratch_bytes": memory.scratch,
         },
         "disk": {"needed_bytes": disk.needed, "free_bytes": disk.free},
         "engines": [{"engine": r.engine, "reads": r.reads, "why": r.why} for r in plan.readings],
         "warnings": list(plan.warnings) + disk_warnings(disk),
     }  # fmt: skip
+
+
+def _bytes_in(plan: Plan) -> int:
+    """Bytes of all tensors of the source as they are stored."""
+    return sum(
+        part.spec.nbytes
+        for tensor in plan.source.tensors.values()
+        for part in (tensor.encoded.parts.values() if tensor.encoded else (tensor,))
+    )
+
+
+def unquantized_share(plan: Plan) -> float | None:
+    """Share of the model's full-precision bytes that a quantization leaves as they are; None for other plans."""
+    if plan.scheme is None:
+        return None
+    whole = sum(value.fill.target.nbytes for value in plan.values)
+    plain = sum(value.fill.target.nbytes for value in plan.values if value.format is None)
+    return round(plain / whole, 6) if whole else None
 
 
 def disk_warnings(disk: Disk) -> list[str]:
@@ -168,8 +220,13 @@ def plan_text(plan: Plan, disk: Disk) -> str:
     written = sum(spec.nbytes for file in plan.files for spec in file.specs)
     lines += [
         "",
-        f"  weights    {size(source.nbytes)} in {count(source.files, 'file')} -> "
+        f"  weights    {size(_bytes_in(plan))} in {count(source.files, 'file')} -> "
         f"{size(written)} in {count(plan.files, 'file')}",
+        *(
+            [f"  kept       {100 * share:.3g} % of the weights stay as they are"]
+            if (share := unquantized_share(plan)) is not None
+            else []
+        ),
         f"  other      {count(source.sidecars, 'file')} carried over",
         f"  memory     {size(plan.memory.peak)} at most, {plan.memory.jobs} job{'s' * (plan.memory.jobs > 1)}",
         f"  disk       {size(disk.needed)} needed, {size(disk.free)} free",

@@ -35,6 +35,7 @@ def build_manifest(plan: Plan, command: Sequence[str]) -> bytes:
         "fingerprint": plan.fingerprint,
         "layout": plan.layout,
         "include": list(plan.options.include),
+        "scheme": json.loads(plan.scheme.text) if plan.scheme else None,
         "recipe": {"name": plan.recipe.name, "text": plan.recipe.text},
         "source": {
             "path": str(source.root),
@@ -60,7 +61,7 @@ def _history(manifest: Mapping[str, Any]) -> list[Any]:
     if not manifest:
         return []
     before = manifest.get("history")
-    step = {key: manifest.get(key) for key in ("tool", "command", "layout", "source")}
+    step = {key: manifest.get(key) for key in ("tool", "command", "layout", "scheme", "source")}
     return [*(before if isinstance(before, list) else []), step]
 
 

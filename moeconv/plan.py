@@ -11,17 +11,20 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from moeconv import __version__
-from moeconv.checkpoint import INDEX, SINGLE, Checkpoint, StoredTensor
+from moeconv.checkpoint import INDEX, SINGLE, Checkpoint, Encoded, StoredTensor
 from moeconv.engines import Reading, readings
 from moeconv.errors import PlanError, Problem, UsageError
+from moeconv.formats import Format, StoredPart
 from moeconv.header import build_header, in_file_order
 from moeconv.layouts import Unit, find_units, layout_lines
 from moeconv.moves import Change, Fill, change, copy_of
 from moeconv.names import natural_key
 from moeconv.recipe import Recipe
+from moeconv.scheme import Scheme
 from moeconv.steps import Rearrange, Step, Task, needs_whole_bytes, steps_of, tasks_of
 from moeconv.tensors import Spec
 
@@ -37,6 +40,10 @@ ALL_TILES_BYTES = 64 << 20
 BASELINE_BYTES = 64 << 20
 #: Growth of RSS for each tensor name of source and target together (measured, `tests/bench/memory.py`).
 NAME_BYTES = 3000
+
+
+#: What torch adds to the peak once it is imported (measured).
+TORCH_BYTES = 280 << 20
 
 
 class Options(NamedTuple):
@@ -57,6 +64,32 @@ class Options(NamedTuple):
     include: tuple[str, ...] = ()
 
 
+class Value(NamedTuple):
+    """One target of a quantization: a fill, what it is written as, and why.
+
+    Attributes:
+        fill: the matrix or other tensor in full precision, or as stored where it is copied.
+        format: what it is encoded in; None for as it is, or decoded.
+        parts: the tensors it becomes, with what each is to the format; None for a plain tensor.
+        why: one phrase.
+    """
+
+    fill: Fill
+    format: Format | None
+    parts: tuple[tuple[Spec, StoredPart | None], ...]
+    why: str
+
+    @property
+    def source(self) -> Encoded | None:
+        """How the source stores it, where that is quantized."""
+        return self.fill.moves[0].source.encoded if self.fill.moves else None
+
+    @property
+    def is_plain(self) -> bool:
+        """Its bytes are moved and not changed."""
+        return self.format is None and self.source is None
+
+
 class TargetFile(NamedTuple):
     """A weight file to write: `head` (length and header), then `nbytes` in all; tensors in the order of the file."""
 
@@ -73,10 +106,11 @@ class Memory(NamedTuple):
     names: int
     jobs: int
     buffer: int
+    scratch: int = 0
 
     @property
     def peak(self) -> int:
-        return self.baseline + self.names + self.jobs * self.buffer
+        return self.baseline + self.names + self.jobs * (self.buffer + self.scratch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +131,9 @@ class Plan:
         readings: which engines read the result.
         warnings: what the user should know, none of which stops the run.
         fingerprint: sha256 of everything that decides the output's bytes.
+        scheme: what is quantized to what; None for a change of layout.
+        values: every target of a quantization.
+        config: content of config.json where it is not the source's.
     """
 
     source: Checkpoint
@@ -113,11 +150,15 @@ class Plan:
     readings: tuple[Reading, ...]
     warnings: tuple[str, ...]
     fingerprint: str
+    scheme: Scheme | None = None
+    values: tuple[Value, ...] = ()
+    config: bytes | None = None
 
     @property
     def output_nbytes(self) -> int:
         """Bytes of the finished folder, without its manifest."""
-        return sum(file.nbytes for file in self.files) + len(self.index) + sum(f.nbytes for f in self.source.sidecars)
+        sidecars = sum(f.nbytes for f in self.source.sidecars) + len(self.config or b"")
+        return sum(file.nbytes for file in self.files) + len(self.index) + sidecars
 
 
 def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | None = None) -> Plan:
@@ -157,14 +198,15 @@ def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | Non
     problems += _target_problems(changes, copied, fills)
     if problems:
         raise PlanError.of(problems)
-    files, places, index = _place(changes, copied, source, options)
+    specs = [spec for made in changes for spec in made.targets] + [tensor.spec for tensor in copied]
+    files, places, index = place_specs([(spec,) for spec in specs], source, options)
     steps: list[Step] = [step for fill in fills for step in steps_of(fill, places[fill.target.name])]
     tasks = tasks_of(steps, [file.path for file in files])
     memory = _memory(source, files, tasks, options)
     readers = readings(recipe, source.config, layout)
     return Plan(
         source, recipe, layout, options, tuple(changes), kept, found.rest, files, index, tasks, memory, readers,
-        tuple(_warnings(source, changes, readers)), _fingerprint(source, recipe, layout, options),
+        tuple(_warnings(source, changes, readers)), fingerprint_of(source, recipe, layout, options),
     )  # fmt: skip
 
 
@@ -198,13 +240,18 @@ def _target_problems(changes: Sequence[Change], copied: Sequence[StoredTensor], 
     return problems
 
 
-def _place(
-    changes: Sequence[Change], copied: Sequence[StoredTensor], source: Checkpoint, options: Options
+def place_specs(
+    groups: Sequence[tuple[Spec, ...]], source: Checkpoint, options: Options
 ) -> tuple[tuple[TargetFile, ...], dict[str, tuple[int, int]], bytes]:
-    """Files, the place of every target tensor (file number, byte offset), and the index."""
-    specs = [spec for made in changes for spec in made.targets] + [tensor.spec for tensor in copied]
-    specs.sort(key=lambda spec: natural_key(spec.name))
-    shards = _shards(specs, options.max_shard_nbytes)
+    """Files, the place of every target tensor (file number, byte offset), and the index.
+
+    Args:
+        groups: tensors that go into one file together; nearly always one tensor.
+        source: whose `__metadata__` is carried over.
+        options: see `Options`.
+    """
+    ordered_groups = sorted(groups, key=lambda group: natural_key(group[0].name))
+    shards = _shards(ordered_groups, options.max_shard_nbytes)
     metadata = _metadata(source)
     files: list[TargetFile] = []
     places: dict[str, tuple[int, int]] = {}
@@ -218,38 +265,39 @@ def _place(
         files.append(TargetFile(path, head, len(head) + sum(spec.nbytes for spec in shard), tuple(ordered)))
     if len(shards) == 1:
         return tuple(files), places, b""
-    total = sum(spec.nbytes for spec in specs)
+    total = sum(spec.nbytes for group in groups for spec in group)
     content = {"metadata": {"total_size": total}, "weight_map": weight_map}
     return tuple(files), places, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _shards(specs: Sequence[Spec], most: int) -> list[list[Spec]]:
+def _shards(groups: Sequence[tuple[Spec, ...]], most: int) -> list[list[Spec]]:
     """Cut specs into as few files of at most `most` bytes as their order allows, of sizes as even as that allows.
 
     Even files let every worker write to one of its own until the end.
     """
-    wanted = len(_cut(specs, most))
-    low, high = sum(spec.nbytes for spec in specs) // wanted, most
+    sizes = [sum(spec.nbytes for spec in group) for group in groups]
+    wanted = len(_cut(sizes, most))
+    low, high = sum(sizes) // wanted, most
     for _ in range(8):
         middle = (low + high) // 2
-        if len(_cut(specs, middle)) <= wanted:
+        if len(_cut(sizes, middle)) <= wanted:
             high = middle
         else:
             low = middle
-    return _cut(specs, high)
+    edges = [*_cut(sizes, high), len(groups)]
+    return [[spec for group in groups[a:b] for spec in group] for a, b in pairwise(edges)]
 
 
-def _cut(specs: Sequence[Spec], most: int) -> list[list[Spec]]:
-    shards: list[list[Spec]] = [[]]
+def _cut(sizes: Sequence[int], most: int) -> list[int]:
+    """Number of the first group of each file."""
+    firsts = [0]
     size = 0
-    for spec in specs:
-        nbytes = spec.nbytes
-        if shards[-1] and size + nbytes > most:
-            shards.append([])
+    for number, nbytes in enumerate(sizes):
+        if number > firsts[-1] and size + nbytes > most:
+            firsts.append(number)
             size = 0
-        shards[-1].append(spec)
         size += nbytes
-    return shards
+    return firsts
 
 
 def _metadata(source: Checkpoint) -> dict[str, str]:
@@ -261,8 +309,13 @@ def _metadata(source: Checkpoint) -> dict[str, str]:
     return merged
 
 
+def default_jobs(asked: int | None, tasks: int) -> int:
+    """Threads of a run: as asked for or one a core and at most 8, and no more than there are tasks."""
+    return min(asked or min(8, os.cpu_count() or 1), max(1, tasks))
+
+
 def _memory(source: Checkpoint, files: Sequence[TargetFile], tasks: Sequence[Task], options: Options) -> Memory:
-    jobs = min(options.jobs or min(8, os.cpu_count() or 1), max(1, len(tasks)))
+    jobs = default_jobs(options.jobs, len(tasks))
     names = (len(source.tensors) + sum(len(file.specs) for file in files)) * NAME_BYTES
     rearranges = any(isinstance(step, Rearrange) for task in tasks for step in task.steps)
     smallest = MIN_TILE_BYTES if rearranges else COPY_BUFFER_BYTES
@@ -280,7 +333,8 @@ def _memory(source: Checkpoint, files: Sequence[TargetFile], tasks: Sequence[Tas
     return Memory(BASELINE_BYTES, names, jobs, min(wanted, room // jobs))
 
 
-def _warnings(source: Checkpoint, changes: Sequence[Change], readers: Sequence[Reading]) -> list[str]:
+def source_warnings(source: Checkpoint, changes: Sequence[Change]) -> list[str]:
+    """What of a source is not carried over as it is."""
     lines = [f"left out: {item.path} ({item.nbytes:,} bytes): {item.why}" for item in source.left_out]
     conflicts = sorted(
         key
@@ -296,13 +350,19 @@ def _warnings(source: Checkpoint, changes: Sequence[Change], readers: Sequence[R
     dropped = [made for made in changes if any(rule.pad for rule, _ in made.unit.hits)]
     if dropped:
         lines.append(f"{len(dropped)} blocks have rows of experts that compute nothing; they are not carried over")
+    return lines
+
+
+def _warnings(source: Checkpoint, changes: Sequence[Change], readers: Sequence[Reading]) -> list[str]:
+    lines = source_warnings(source, changes)
     lines += [
         f"{reading.engine} does not read this result: {reading.why}" for reading in readers if reading.reads == "no"
     ]
     return lines
 
 
-def _fingerprint(source: Checkpoint, recipe: Recipe, layout: str, options: Options) -> str:
+def fingerprint_of(source: Checkpoint, recipe: Recipe, layout: str, options: Options) -> str:
+    """sha256 of everything that decides the bytes of a change of layout."""
     content: Mapping[str, Any] = {
         "version": __version__,
         "weights": [(file.path, file.nbytes, file.mtime_ns, file.header_sha256) for file in source.files],

@@ -11,11 +11,14 @@ from itertools import pairwise, product
 from math import isqrt, prod
 from typing import NamedTuple
 
+from moeconv.formats import Format
 from moeconv.moves import Fill
 from moeconv.tensors import DTYPE_BITS, Shape, View, row_major_strides
 
 #: A task moves about this many bytes; larger steps are cut.
 TASK_BYTES = 64 << 20
+#: Elements of a tile that is encoded or decoded; the temporaries of larger ones fall out of the caches.
+TILE_ELEMENTS = 1 << 19
 
 
 class Copy(NamedTuple):
@@ -79,7 +82,103 @@ class Rearrange(NamedTuple):
         return (self.last - self.first) * self.row_nbytes
 
 
-Step = Copy | Zeros | Rearrange
+class Part(NamedTuple):
+    """Where the rows of one part of an encoded matrix lie.
+
+    Attributes:
+        suffix: as its format calls it.
+        dtype: a safetensors name.
+        file: number of the file.
+        offset: byte offset of the part's first element.
+        row_nbytes: bytes of one index of its axis 0.
+        size: of its axis 0.
+        rows: matrix rows that one index stands for.
+    """
+
+    suffix: str
+    dtype: str
+    file: int
+    offset: int
+    row_nbytes: int
+    size: int
+    rows: int
+
+    def bounds(self, first: int, last: int) -> tuple[int, int]:
+        """Indices of axis 0 that belong to matrix rows `first` to `last` (excluded)."""
+        return first // self.rows, min(self.size, -(-last // self.rows))
+
+
+class Decode(NamedTuple):
+    """A source matrix that is stored quantized."""
+
+    format: Format
+    parts: tuple[Part, ...]
+
+
+class Transcode(NamedTuple):
+    """Rows `first` to `last` (excluded) of a matrix: read, or decoded, then encoded, or cast, and written.
+
+    Attributes:
+        name: of the matrix, for messages.
+        shape: of the whole matrix.
+        dtype: what the encoder gets, a safetensors name.
+        source: the matrix as pieces of source tensors, or as parts of a quantized one.
+        source_dtype: dtype of the pieces.
+        encoder: the format to write; None to write `dtype`.
+        targets: places of the parts that have rows, in the order of the encoder; one part where there is none.
+        row_multiple: rows can be cut at multiples of this.
+        row_nbytes: bytes written for one row, on average; for progress.
+        first: first row.
+        last: row behind the last.
+        allow_nonfinite: NaN and infinities count as zero; otherwise they are an error.
+    """
+
+    name: str
+    shape: Shape
+    dtype: str
+    source: Rearrange | Decode
+    source_dtype: str
+    encoder: Format | None
+    targets: tuple[Part, ...]
+    row_multiple: int
+    row_nbytes: int
+    first: int
+    last: int
+    allow_nonfinite: bool
+
+    @property
+    def target_file(self) -> int:
+        return self.targets[0].file
+
+    @property
+    def target_offset(self) -> int:
+        part = self.targets[0]
+        return part.offset + part.bounds(self.first, self.last)[0] * part.row_nbytes
+
+    @property
+    def nbytes(self) -> int:
+        return (self.last - self.first) * self.row_nbytes
+
+
+def tile_rows(step: Transcode) -> int:
+    """Rows of a tile: about `TILE_ELEMENTS` elements, at least what the formats take at once."""
+    rows = TILE_ELEMENTS // max(1, step.shape[1]) // step.row_multiple * step.row_multiple
+    return min(step.shape[0], max(step.row_multiple, rows))
+
+
+class Content(NamedTuple):
+    """A few bytes that the plan knows, such as a shape."""
+
+    target_file: int
+    target_offset: int
+    content: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.content)
+
+
+Step = Copy | Zeros | Rearrange | Transcode | Content
 
 
 class Task(NamedTuple):
@@ -122,12 +221,27 @@ def steps_of(fill: Fill, target: tuple[int, int]) -> Iterator[Step]:
                 count * bits // 8,
             )
         return
-    item = bits // 8
+    yield rearrangement(fill, file, begin)
+
+
+def rearrangement(fill: Fill, file: int, begin: int) -> Rearrange:
+    """A whole fill, element by element, to a block at byte `begin` of target file number `file`."""
+    item = DTYPE_BITS[fill.target.dtype] // 8
     pieces = tuple(
         Piece(move.source.file, move.source.offset + move.source_at * item, move.route.source, move.route.target)
         for move in fill.moves
     )
-    yield Rearrange(file, begin, fill.block, item, 0, fill.block[0], pieces)
+    return Rearrange(file, begin, fill.block, item, 0, fill.block[0], pieces)
+
+
+def whole_run(step: Rearrange) -> int | None:
+    """Byte offset in its source file of a block that lies there as it is, or None."""
+    if len(step.pieces) != 1:
+        return None
+    piece = step.pieces[0]
+    if not (piece.source_view.is_run and piece.target_view.is_run) or prod(piece.target_view.shape) != prod(step.block):
+        return None
+    return piece.source_offset + piece.source_view.first * step.item_nbytes
 
 
 def tasks_of(steps: Sequence[Step], target_names: Sequence[str]) -> tuple[Task, ...]:
@@ -201,6 +315,12 @@ def _cut(step: Step) -> Iterator[Step]:
     elif isinstance(step, Zeros):
         for at in range(0, step.nbytes, TASK_BYTES):
             yield Zeros(step.target_file, step.target_offset + at, min(TASK_BYTES, step.nbytes - at))
+    elif isinstance(step, Transcode):
+        rows = max(1, TASK_BYTES // max(1, step.row_nbytes) // step.row_multiple) * step.row_multiple
+        for first in range(step.first, step.last, rows):
+            yield step._replace(first=first, last=min(first + rows, step.last))
+    elif isinstance(step, Content):
+        yield step
     else:
         rows = max(1, TASK_BYTES // step.row_nbytes)
         for first in range(step.first, step.last, rows):

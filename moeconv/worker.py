@@ -13,11 +13,28 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeconv.errors import CheckpointError
 from moeconv.files import Files, ReadFile, Rows
-from moeconv.steps import Copy, Overlap, Piece, Ranges, Rearrange, Step, Zeros, overlap, rows_of, tiles_of
+from moeconv.steps import (
+    Copy,
+    Decode,
+    Overlap,
+    Piece,
+    Ranges,
+    Rearrange,
+    Step,
+    Transcode,
+    Zeros,
+    overlap,
+    rows_of,
+    tile_rows,
+    tiles_of,
+    whole_run,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     import numpy
+    import torch
 
 #: Receives target file number, offset and bytes, and how they are spread where they are not one run. The bytes are
 #: only valid during the call.
@@ -27,6 +44,19 @@ Sink = Callable[[int, int, memoryview, Rows | None], None]
 COPY_BYTES = 512 << 10
 _OPEN_FILES = 16
 _BAD_STRIDE, _PADDING = 512, 64
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtype: torch.dtype = getattr(
+        torch,
+        {
+            "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F8_E4M3": "float8_e4m3fn", "I8": "int8",
+            "U8": "uint8", "I32": "int32", "F8_E8M0": "float8_e8m0fnu",
+        }[name],
+    )  # fmt: skip
+    return dtype
 
 
 class OpenFiles:
@@ -66,6 +96,7 @@ class Worker:
         self._sources = OpenFiles(files, sources)
         self._buffer = memoryview(mmap.mmap(-1, buffer_nbytes))  # page-aligned: the kernel copies whole pages
         self._chunk = self._buffer[:COPY_BYTES]
+        self._is_single = False
 
     def close(self) -> None:
         self._sources.close()
@@ -76,8 +107,12 @@ class Worker:
             self._copy(step, sink)
         elif isinstance(step, Zeros):
             self._zeros(step, sink)
-        else:
+        elif isinstance(step, Rearrange):
             self._rearrange(step, sink)
+        elif isinstance(step, Transcode):
+            self._transcode(step, sink)
+        else:
+            sink(step.target_file, step.target_offset, memoryview(step.content), None)
 
     def _copy(self, step: Copy, sink: Sink) -> None:
         source = self._sources[step.source_file]
@@ -97,6 +132,60 @@ class Worker:
         chunk[:] = bytes(size)
         for at in range(0, step.nbytes, size):
             sink(step.target_file, step.target_offset + at, chunk[: min(size, step.nbytes - at)], None)
+
+    def _transcode(self, step: Transcode, sink: Sink) -> None:
+        import torch
+
+        if not self._is_single:
+            torch.set_num_threads(1)  # of this thread: tiles run side by side, one a worker
+            self._is_single = True
+        rows = tile_rows(step)
+        for first in range(step.first, step.last, rows):
+            last = min(first + rows, step.last)
+            if isinstance(step.source, Decode):
+                tile = self._decoded(step.source, step.shape[1], first, last)
+            else:
+                tile = self._read_tile(step, step.source, first, last)
+            tile = tile.to(_torch_dtype(step.dtype))
+            if step.allow_nonfinite:
+                tile = torch.nan_to_num(tile, nan=0.0, posinf=0.0, neginf=0.0)
+            made = step.encoder.encode(tile) if step.encoder else (tile,)
+            if step.encoder and not bool(torch.isfinite(made[1].float()).all()):
+                raise CheckpointError(
+                    f"{step.name} holds NaN or infinite values in rows {first} to {last - 1}",
+                    "Repair the checkpoint, or count them as zero with --allow-nonfinite.",
+                )
+            for part, tensor in zip(step.targets, made, strict=True):
+                at, _ = part.bounds(first, last)
+                content = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+                sink(part.file, part.offset + at * part.row_nbytes, content, None)
+
+    def _read_tile(self, step: Transcode, source: Rearrange, first: int, last: int) -> torch.Tensor:
+        """Rows of a matrix as the source has them, in the worker's buffer."""
+        import numpy
+        import torch
+
+        columns, item = step.shape[1], source.item_nbytes
+        raw = self._buffer[: (last - first) * columns * item]
+        run = whole_run(source)
+        if run is not None:
+            self._sources[source.pieces[0].source_file].read_into(raw, run + first * columns * item)
+        else:
+            dtype = {2: numpy.uint16, 4: numpy.uint32}[item]
+            self._fill(source, ((first, last), (0, columns)), numpy.frombuffer(raw, dtype).reshape(-1, columns))
+        return torch.frombuffer(raw, dtype=_torch_dtype(step.source_dtype)).view(-1, columns)
+
+    def _decoded(self, source: Decode, columns: int, first: int, last: int) -> torch.Tensor:
+        """Rows of a matrix that is stored quantized, float32."""
+        import torch
+
+        parts = {}
+        for part in source.parts:
+            begin, end = part.bounds(first, last)
+            content = bytearray((end - begin) * part.row_nbytes)
+            self._sources[part.file].read_into(memoryview(content), part.offset + begin * part.row_nbytes)
+            parts[part.suffix] = torch.frombuffer(content, dtype=_torch_dtype(part.dtype)).view(end - begin, -1)
+        return source.format.decode(parts, columns)
 
     def _rearrange(self, step: Rearrange, sink: Sink) -> None:
         import numpy  # here, because a plan or a plain copy does without

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moeconv.checkpoint import JOURNAL, MANIFEST, MAX_INDEX_BYTES
+from moeconv.checkpoint import CONFIG, JOURNAL, MANIFEST, MAX_INDEX_BYTES
 from moeconv.errors import CheckpointError, OutputError
 from moeconv.explain import disk_of, size
 from moeconv.files import Files, WriteFile
@@ -279,7 +279,10 @@ class Writer:
         """Write all other files, make everything durable, and give the folder its name."""
         source = self.plan.source
         for entry in source.sidecars:
-            self._copy_file(source.root / entry.path, self.partial / entry.path, entry.nbytes)
+            if entry.path == CONFIG and self.plan.config is not None:
+                self._write_file(self.partial / CONFIG, self.plan.config)
+            else:
+                self._copy_file(source.root / entry.path, self.partial / entry.path, entry.nbytes)
         index = index_path(self.plan)
         if index:
             self._write_file(self.partial / index, self.plan.index)

@@ -7,13 +7,19 @@ import pytest
 from moeconv.recipe_file import load_shipped
 
 PACKAGE = Path(__file__).parent.parent / "moeconv"
-MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.glob("*.py"))}
+PATHS = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+MODULES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in PATHS.items()}
 
 #: The flow of the design: a module imports only what stands before it.
 ORDER = [
     "__init__", "errors", "files", "tensors", "dims", "names", "ops", "yamldoc", "recipe", "recipe_file", "header",
-    "checkpoint", "layouts", "moves", "steps", "engines", "plan", "explain", "manifest", "selection", "worker",
-    "writer", "executor", "verify", "inspect", "progress", "cli", "__main__",
+    "formats.format", "formats.fp8", "formats.integers",
+    "formats", "checkpoint", "encoded", "layouts", "moves", "steps", "engines", "scheme", "plan", "quantize", "explain",
+    "manifest", "selection", "worker", "writer", "executor", "verify", "inspect", "progress", "options", "cli",
+    "__main__",
 ]  # fmt: skip
 
 
@@ -28,14 +34,14 @@ class _Imports(ast.NodeVisitor):
             self.generic_visit(node)
 
     def visit_Import(self, node: ast.Import) -> None:
-        self.found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("moeconv.")}
+        self.found |= {alias.name.partition(".")[2] for alias in node.names if alias.name.startswith("moeconv.")}
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         assert node.level == 0, "imports are absolute"
         if node.module == "moeconv":
             self.found |= {alias.name if alias.name in MODULES else "__init__" for alias in node.names}
         elif node.module and node.module.startswith("moeconv."):
-            self.found.add(node.module.split(".")[1])
+            self.found.add(node.module.partition(".")[2])
 
 
 def imports_of(module: str) -> set[str]:
@@ -87,7 +93,7 @@ def test_no_model_family_is_named_in_python() -> None:
     families = {model_type for recipe in load_shipped() for model_type in recipe.model_types}
     assert len(families) > 10
     for module in MODULES:
-        words = set(re.findall(r"\w+", (PACKAGE / f"{module}.py").read_text(encoding="utf-8").lower()))
+        words = set(re.findall(r"\w+", PATHS[module].read_text(encoding="utf-8").lower()))
         assert not families & words, module
 
 
@@ -108,7 +114,7 @@ def test_all_that_is_public_has_a_docstring(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_file_is_read_in_one_sitting(module: str) -> None:
-    assert (PACKAGE / f"{module}.py").read_text(encoding="utf-8").count("\n") <= 450
+    assert PATHS[module].read_text(encoding="utf-8").count("\n") <= 450
     functions = [node for node in ast.walk(MODULES[module]) if isinstance(node, ast.FunctionDef)]
     assert not [node.name for node in functions if (node.end_lineno or 0) - node.lineno > 70]
 

@@ -8,7 +8,8 @@ import pytest
 import typer
 
 from moeconv import __version__
-from moeconv.cli import app, parse_size
+from moeconv.cli import app
+from moeconv.options import parse_size
 from tests.commands import Result, refused, run, succeeds, tree
 from tests.folders import CONFIG, experts_layout, pack_by_hand, read_folder, write_folder
 

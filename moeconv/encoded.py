@@ -1,0 +1,179 @@
+"""Matrices that a checkpoint holds quantized, found from names, shapes and config.json.
+
+`decoded_view` shows a quantized checkpoint as if it held full-precision matrices: what comes after it plans with
+names and shapes of the model, and the bytes are decoded when they are read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moeconv.checkpoint import Checkpoint, Encoded, StoredTensor
+from moeconv.errors import Problem
+from moeconv.formats import FLOATS, BlockFp8, ChannelFp8, ChannelInt8, FineGrainedFp8, Format, PackedInt
+from moeconv.tensors import Shape, Spec
+
+#: Names of dtypes in config.json.
+CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_SCALES = {"BF16", "F16", "F32", "F8_E8M0", "U8"}
+_BLOCK = 128
+
+
+def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json says about quantization, wherever it says it; empty where it says nothing."""
+    for holder in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        for key in ("quantization_config", "compression_config"):
+            value = holder.get(key)
+            if isinstance(value, Mapping):
+                return value
+    return {}
+
+
+def model_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype that config.json names for the model; BF16 where it names none."""
+    for holder in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        for key in ("dtype", "torch_dtype"):
+            if holder.get(key) in CONFIG_DTYPES:
+                return CONFIG_DTYPES[str(holder[key])]
+    return "BF16"
+
+
+def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None = None) -> Checkpoint:
+    """The checkpoint with every quantized matrix as one tensor `MODULE.weight` of full precision.
+
+    Args:
+        source: as opened.
+        problems: receives quantized tensors that cannot be read.
+        dtype: dtype of the decoded matrices; None for the one of their scales, or the model's.
+    """
+    tensors = dict(source.tensors)
+    quantization = quantization_config(source.config)
+    method = str(quantization.get("quant_method", ""))
+    if method not in ("", "fp8", "compressed-tensors"):
+        problems.append(
+            Problem(
+                f"{source.root} is quantized as {method!r}, which cannot be decoded yet",
+                "Start from the checkpoint in full precision.",
+            )
+        )
+        return source
+    for module in _modules(source.tensors):
+        parts = {
+            name[len(module) + 1 :]: tensor
+            for suffix in _SUFFIXES
+            if (tensor := source.tensors.get(name := f"{module}.{suffix}")) is not None
+        }
+        found = _format_of(module, parts, quantization)
+        if isinstance(found, str):
+            problems.append(Problem(f"{module}: {found}", "Start from the checkpoint in full precision."))
+            continue
+        shape, made = found
+        scale = parts.get("weight_scale")
+        own = scale.spec.dtype if scale is not None and scale.spec.dtype in ("BF16", "F16") else None
+        for suffix in parts:
+            del tensors[f"{module}.{suffix}"]
+        first = next(iter(parts.values()))
+        spec = Spec(f"{module}.weight", dtype or own or model_dtype(source.config), shape)
+        tensors[spec.name] = StoredTensor(spec, first.file, first.offset, Encoded(made, parts))
+    for tensor in tensors.values():
+        if tensor.encoded is None and tensor.spec.dtype.startswith("F8") and len(tensor.spec.shape) > 1:
+            problems.append(
+                Problem(
+                    f"{tensor.spec} has no scales that are known here", "Start from the checkpoint in full precision."
+                )
+            )
+    return source._replace(tensors=tensors)
+
+
+_SUFFIXES = ("weight", "weight_packed", "weight_scale_inv", "weight_scale", "weight_zero_point", "weight_shape",
+             "input_scale")  # fmt: skip
+
+
+def _modules(tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
+    for name in tensors:
+        for suffix in (".weight_scale_inv", ".weight_scale"):
+            if name.endswith(suffix):
+                yield name.removesuffix(suffix)
+
+
+def _format_of(
+    module: str, parts: Mapping[str, StoredTensor], quantization: Mapping[str, Any]
+) -> tuple[Shape, Format] | str:
+    """Shape and format of a quantized matrix, or why it cannot be read."""
+    specs = {suffix: tensor.spec for suffix, tensor in parts.items()}
+    scale = specs.get("weight_scale_inv") or specs["weight_scale"]
+    if "input_scale" in specs:
+        return "it has a static scale for activations, which no target keeps"
+    if scale.dtype not in _SCALES or len(scale.shape) != 2:
+        return f"its scale {scale} is of no known form"
+    if "weight_packed" in specs:
+        return _packed_format(module, specs, quantization)
+    weight = specs.get("weight")
+    if weight is None or len(weight.shape) != 2:
+        return "it has scales and no matrix of codes"
+    rows, columns = weight.shape
+    blocks = (-(-rows // _BLOCK), -(-columns // _BLOCK))
+    if weight.dtype == "F8_E4M3" and "weight_scale_inv" in specs:
+        size = quantization.get("weight_block_size")
+        if size not in (None, [_BLOCK, _BLOCK]):
+            return f"its blocks are {size}; only [128, 128] are known"
+        if scale.shape == blocks:
+            return weight.shape, FineGrainedFp8(scale.dtype in ("F8_E8M0", "U8"), scale.dtype)
+    elif weight.dtype == "F8_E4M3" and scale.shape == (rows, 1) and blocks != (rows, 1):
+        return weight.shape, ChannelFp8()
+    elif weight.dtype == "F8_E4M3" and scale.shape == blocks:
+        return weight.shape, BlockFp8()
+    elif weight.dtype == "I8" and scale.shape == (rows, 1):
+        return weight.shape, ChannelInt8()
+    return f"its scale {scale} does not belong to {weight}"
+
+
+def _packed_format(
+    module: str, specs: Mapping[str, Spec], quantization: Mapping[str, Any]
+) -> tuple[Shape, Format] | str:
+    packed, scale = specs["weight_packed"], specs["weight_scale"]
+    if packed.dtype != "I32" or len(packed.shape) != 2 or scale.dtype not in FLOATS:
+        return f"{packed} is of no known form"
+    fitting = []
+    for group in _schemes(quantization, module):
+        bits, size = group.get("num_bits"), group.get("group_size")
+        if bits not in (4, 8) or not isinstance(size, int) or size < 1 or group.get("type") != "int":
+            continue
+        made = PackedInt(bits, "weight_zero_point" not in specs, size)
+        shape = (packed.shape[0], scale.shape[1] * size)
+        if group.get("actorder") in ("group", "dynamic"):
+            return "its columns are in order of activation, which cannot be read"
+        if made.refusal(shape, scale.dtype) is None and all(
+            part.suffix not in specs or (part.dtype, part.shape) == (specs[part.suffix].dtype, specs[part.suffix].shape)
+            for part in made.parts(shape, scale.dtype)
+        ):
+            fitting.append((shape, made))
+    if not fitting:
+        return f"{packed} and its scale {scale} fit no group of quantization_config"
+    return fitting[0]
+
+
+def _schemes(quantization: Mapping[str, Any], module: str) -> list[Mapping[str, Any]]:
+    """Arguments for weights, those first whose targets name the module."""
+    groups = quantization.get("config_groups")
+    found: list[tuple[bool, Mapping[str, Any]]] = []
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping):
+            targets = group.get("targets")
+            named = any(_is_target(target, module) for target in targets) if isinstance(targets, list) else False
+            found.append((not named, weights))
+    return [weights for _, weights in sorted(found, key=lambda item: item[0])]
+
+
+def _is_target(target: object, module: str) -> bool:
+    if not isinstance(target, str):
+        return False
+    if not target.startswith("re:"):
+        return target in (module, "Linear")
+    try:
+        return re.match(target[3:], module) is not None
+    except re.error:
+        return False

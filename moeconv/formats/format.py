@@ -1,0 +1,94 @@
+"""What a quantized format is to moeconv: how a matrix becomes parts, and parts become a matrix.
+
+A format sees tiles of whole rows of one matrix [N, K] (out, in) and never a name or a file. `parts` says, from
+shape and dtype alone, which tensors a matrix becomes; `encode` and `decode` make their rows. No shape ever depends
+on a value, so that a plan made from headers holds.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from moeconv.tensors import Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Source dtypes that can be quantized.
+FLOATS = ("BF16", "F16", "F32")
+
+
+class StoredPart(NamedTuple):
+    """One tensor of an encoded matrix.
+
+    Attributes:
+        suffix: what follows the module's name: `weight_scale` in `model.layers.0.mlp.up_proj.weight_scale`.
+        dtype: a safetensors name such as "F8_E4M3".
+        shape: of the whole tensor.
+        rows: matrix rows that one index of axis 0 stands for; 0 for a part that has nothing to do with rows.
+    """
+
+    suffix: str
+    dtype: str
+    shape: Shape
+    rows: int
+
+
+class Format(ABC):
+    """A format with its options.
+
+    Attributes:
+        name: as `--format` has it.
+        quant_method: `quant_method` of config.json.
+        row_multiple: a tile begins at a multiple of this many rows, and ends at one or at the matrix' end.
+        live_nbytes: bytes that encoding or decoding holds at once for each element of a tile, all included (held by
+            a test).
+    """
+
+    name: str
+    quant_method: str
+    row_multiple: int = 1
+    live_nbytes: int = 20
+
+    def refusal(self, shape: Shape, dtype: str) -> str | None:
+        """Why a matrix cannot have this format, or None."""
+        if len(shape) != 2 or 0 in shape:
+            return f"a matrix is needed, not {list(shape)}"
+        if dtype not in FLOATS:
+            return f"{dtype} is no float of full precision"
+        return None
+
+    @abstractmethod
+    def parts(self, shape: Shape, dtype: str) -> tuple[StoredPart, ...]:
+        """The tensors that a matrix of that shape and dtype becomes; the first holds the codes."""
+
+    @abstractmethod
+    def encode(self, tile: Tensor) -> tuple[Tensor, ...]:
+        """Encode rows of a matrix.
+
+        Args:
+            tile: [rows, K] in the dtype of the source.
+
+        Returns:
+            The rows of all parts that have rows, in the order of `parts`. Not finite where the tile was not: a scale
+            is then NaN or Inf.
+        """
+
+    @abstractmethod
+    def decode(self, parts: Mapping[str, Tensor], columns: int) -> Tensor:
+        """Rows of a matrix, float32 [rows, K], from the rows of its parts.
+
+        Args:
+            parts: by suffix; all that have rows.
+            columns: K, where parts are padded.
+        """
+
+    def constant(self, part: StoredPart, shape: Shape) -> bytes:
+        """Content of a part without rows."""
+        raise NotImplementedError(part.suffix)
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What config.json says of it: for compressed-tensors a scheme (one of `config_groups`, without targets)."""

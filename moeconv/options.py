@@ -1,0 +1,161 @@
+"""Arguments and options that commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from moeconv.errors import UsageError
+
+_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {f"{unit}B": size for unit, size in _UNITS.items() if len(unit) == 1 and unit != "B"}
+_UNITS |= {f"{unit}iB": 1024**power for power, unit in enumerate("KMGT", 1)}
+
+
+class _Plain:
+    """Converts what the command line gives for text, paths and lists of text; the rest it leaves to typer.
+
+    typer checks values with pydantic, whose import takes 0.15 s, a third of what a command needs to start.
+    """
+
+    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
+        if value is None:
+            return () if param.multiple else None
+        annotation = param.type_descriptor.annotation
+        if annotation is str:
+            return value
+        if annotation is Path:
+            return Path(value)
+        if annotation == list[str]:
+            return list(value)
+        param._runtime_param = None  # typer makes its own
+        return param.get_runtime_param().coerce(value, param=param, ctx=ctx)
+
+
+class Command(typer.core.TyperCommand):
+    """A command that starts fast."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _convert_plainly(self.params)
+
+
+class Group(typer.core.TyperGroup):
+    """A group of commands that starts fast."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _convert_plainly(self.params)
+
+
+def _convert_plainly(params: Sequence[Any]) -> None:
+    for param in params:
+        param._runtime_param = _Plain()  # a typer that does not know the attribute converts as ever
+
+
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint folder: config.json and *.safetensors.")]
+Destination = Annotated[Path, typer.Argument(metavar="DST", help="Folder to make; it exists only when it is complete.")]
+OptionalDestination = Annotated[
+    Path | None, typer.Argument(metavar="[DST]", help="Where it would be written, to measure free space there.")
+]
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", help="Shipped recipe by name, or a file.", metavar="NAME|FILE")
+]
+LayoutOption = Annotated[
+    str | None, typer.Option("--layout", help="Layout of SRC, where shapes do not tell.", metavar="hub|packed|experts")
+]
+ToOption = Annotated[str, typer.Option("--to", help="Layout to convert to.", metavar="hub|packed|experts")]
+IncludeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--include", help="A safetensors file in SRC that no index names but that belongs to the model. Repeatable."
+    ),
+]
+ShardOption = Annotated[
+    str, typer.Option("--max-shard-size", help="Largest weight file, unless one tensor is larger.", metavar="SIZE")
+]
+JobsOption = Annotated[int | None, typer.Option("--jobs", min=1, help="Threads. Default: one a core, at most 8.")]
+MemoryOption = Annotated[
+    str | None, typer.Option("--max-memory", help="Most host memory to use, such as 500MB.", metavar="SIZE")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+NoFsyncOption = Annotated[
+    bool, typer.Option("--no-fsync", help="Do not wait for the disk: a power loss may damage a finished DST.")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a DST that moeconv made, or discard an unfinished run.")
+]
+
+
+FormatOption = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        help="fp8, fp8_dynamic, fp8_block, w8a8, w4a16, w8a16 or w4a16_asym: for experts and linear layers.",
+        metavar="NAME",
+    ),
+]
+IgnoreOption = Annotated[
+    list[str] | None, typer.Option("--ignore", help="Keep modules of that name, * for any text. Repeatable.")
+]
+OnlyOption = Annotated[
+    list[str] | None, typer.Option("--only", help="Quantize nothing but modules of that name. Repeatable.")
+]
+GroupOption = Annotated[
+    int | None, typer.Option("--group-size", help="Columns of a group, for w4a16, w8a16 and w4a16_asym. Default: 128.")
+]
+ScaleOption = Annotated[
+    str | None, typer.Option("--scale", help="amax, or mse to search for the scale of least error.", metavar="amax|mse")
+]
+Ue8m0Option = Annotated[bool, typer.Option("--ue8m0", help="Scales of fp8 are powers of two.")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Round float32 to it first; what to decode to.", metavar="bfloat16|float16|float32"),
+]
+NonfiniteOption = Annotated[bool, typer.Option("--allow-nonfinite", help="Count NaN and infinities as zero.")]
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes of `5GB`, `512MiB` or `1000000`.
+
+    Raises:
+        UsageError: not a size above zero.
+    """
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", text)
+    unit = next((unit for unit in _UNITS if match and unit.lower() == match[2].lower()), None)
+    nbytes = int(float(match[1]) * _UNITS[unit]) if match and unit is not None else 0
+    if nbytes <= 0:
+        raise UsageError(f"{option} {text!r} is not a size", "Write a number with a unit: 500MB, 4GiB.")
+    return nbytes
+
+
+def check_layouts(to: str | None, layout: str | None) -> None:
+    """Refuse a word that is no layout.
+
+    Raises:
+        UsageError: such a word.
+    """
+    from moeconv.recipe import LAYOUTS
+
+    for option, value in (("--to", to), ("--layout", layout)):
+        if value is not None and value not in LAYOUTS:
+            raise UsageError(f"{option} {value!r} is no layout", f"Known: {', '.join(LAYOUTS)}.")
+
+
+def parse_dtype(name: str | None) -> str | None:
+    """The safetensors name of a dtype as config.json has it.
+
+    Raises:
+        UsageError: not one of full precision.
+    """
+    from moeconv.encoded import CONFIG_DTYPES
+
+    if name is not None and name not in CONFIG_DTYPES:
+        raise UsageError(f"--dtype {name!r} is no dtype of full precision", f"Known: {', '.join(CONFIG_DTYPES)}.")
+    return CONFIG_DTYPES[name] if name is not None else None

@@ -1,0 +1,422 @@
+"""Plans that change values: quantize and dequantize.
+
+The source is seen in full precision (`decoded_view`), its experts one by one; each matrix gets a format or keeps what
+it has. The result is an ordinary plan, whose steps the executor runs like those of a change of layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
+from typing import Any
+
+from moeconv.checkpoint import Checkpoint, Encoded
+from moeconv.encoded import decoded_view
+from moeconv.errors import PlanError, Problem, UsageError
+from moeconv.formats import FLOATS, Format
+from moeconv.layouts import Unit, find_units
+from moeconv.moves import Change, Fill, change, copy_of
+from moeconv.names import collapse
+from moeconv.plan import (
+    BASELINE_BYTES,
+    COPY_BUFFER_BYTES,
+    NAME_BYTES,
+    TORCH_BYTES,
+    Memory,
+    Options,
+    Plan,
+    Value,
+    default_jobs,
+    fingerprint_of,
+    place_specs,
+    source_warnings,
+)
+from moeconv.recipe import Recipe
+from moeconv.scheme import Decider, Decision, Scheme
+from moeconv.steps import Content, Decode, Part, Step, Transcode, rearrangement, steps_of, tasks_of, tile_rows
+from moeconv.tensors import DTYPE_BITS, Shape, Spec
+
+#: Raw bytes of a tile, and what is read for it where elements lie apart, both in the worker's buffer.
+_RAW_SHARE = 3
+#: Room for each row that is read apart from the others (`worker`).
+_GAP_NBYTES = 64
+WEIGHT = ".weight"
+
+
+def plan_quantize(source: Checkpoint, recipe: Recipe, scheme: Scheme, options: Options | None = None) -> Plan:
+    """Plan the quantization of a checkpoint.
+
+    Args:
+        source: the checkpoint, in full precision or in any format that can be decoded.
+        recipe: how its experts are stored.
+        scheme: what becomes what.
+        options: see `Options`.
+
+    Raises:
+        PlanError: with everything that stands in the way.
+    """
+    return _Planner(source, recipe, scheme, options or Options()).plan()
+
+
+def plan_dequantize(
+    source: Checkpoint, recipe: Recipe, dtype: str | None = None, options: Options | None = None
+) -> Plan:
+    """Plan the way back to full precision; layouts stay as they are.
+
+    Args:
+        source: a quantized checkpoint.
+        recipe: how its experts are stored.
+        dtype: of the matrices; None for the dtype of their scales, or of the model.
+        options: see `Options`.
+
+    Raises:
+        PlanError: with everything that stands in the way.
+    """
+    scheme = Scheme((), None, (), dtype, False, json.dumps({"dequantize": dtype}))
+    return _Planner(source, recipe, scheme, options or Options()).plan()
+
+
+class _Planner:
+    def __init__(self, source: Checkpoint, recipe: Recipe, scheme: Scheme, options: Options) -> None:
+        self.stored = source
+        self.recipe = recipe
+        self.scheme = scheme
+        self.options = options
+        self.problems: list[Problem] = []
+        self.quantizes = scheme.default is not None or any(rule.format for rule in scheme.rules)
+        self.source = decoded_view(source, self.problems, scheme.dtype)
+        layers = source.config_values(".", "num_hidden_layers") or source.config_values(
+            "text_config", "num_hidden_layers"
+        )
+        self.decider = Decider(scheme, layers if isinstance(layers, int) else None)
+
+    def plan(self) -> Plan:
+        found = find_units(self.source, self.recipe, self.options.layout)
+        self.problems += found.problems
+        changes, kept, expert_fills = self._experts(found.units)
+        fills = [*expert_fills, *(copy_of(tensor) for unit in kept for tensor in unit.tensors())]
+        experts = {fill.target.name for fill in fills}
+        fills += [copy_of(tensor) for tensor in found.rest]
+        values = self._values(fills, experts)
+        self._check(values, experts, bool(found.units))
+        if self.problems:
+            raise PlanError.of(self.problems)
+        files, places, index = place_specs(
+            [tuple(spec for spec, _ in value.parts) for value in values], self.source, self.options
+        )
+        steps: list[Step] = [step for value in values for step in self._steps(value, places)]
+        tasks = tasks_of(steps, [file.path for file in files])
+        config = self._config(values)
+        layout = "experts" if changes or not self.quantizes else self._layout(kept)
+        warnings = [*source_warnings(self.stored, changes), *self._warnings(values)]
+        return Plan(
+            self.source, self.recipe, layout, self.options, tuple(changes), tuple(kept), found.rest, files, index,
+            tasks, self._memory(steps, len(files) and sum(len(file.specs) for file in files), len(tasks)), (),
+            tuple(warnings), self._fingerprint(), self.scheme, tuple(values), config,
+        )  # fmt: skip
+
+    def _layout(self, kept: Sequence[Unit]) -> str:
+        return kept[0].layout if kept else self.recipe.layouts[0]
+
+    def _experts(self, units: Iterable[Unit]) -> tuple[list[Change], list[Unit], list[Fill]]:
+        """Units that are to be quantized, expert by expert; the others stay in the layout they have."""
+        changes: list[Change] = []
+        kept: list[Unit] = []
+        fills: list[Fill] = []
+        goal = self.recipe.layout("experts") if "experts" in self.recipe.layouts else None
+        for unit in units:
+            if not self.quantizes or goal is None or unit.layout == goal:
+                kept.append(unit)
+                continue
+            made = change(unit, goal, self.recipe, self.problems)
+            if made is None:
+                continue
+            named = (self.decider.decide(_module(spec), is_expert=True) for spec in made.targets if _is_matrix(spec))
+            if any(decision.format for decision in list(named)):
+                changes.append(made)
+                fills += made.fills
+            else:
+                kept.append(unit)
+        return changes, kept, fills
+
+    def _values(self, fills: Sequence[Fill], experts: set[str]) -> list[Value]:
+        decisions: dict[str, Decision] = {}
+        for fill in fills:
+            decisions[fill.target.name] = self._decide(fill, fill.target.name in experts)
+        self._keep_together(decisions, {fill.target.name: fill for fill in fills})
+        return [self._value(fill, decisions[fill.target.name]) for fill in fills]
+
+    def _decide(self, fill: Fill, is_expert: bool) -> Decision:
+        spec = fill.target
+        if not _is_matrix(spec):
+            return Decision(None, "no matrix of full precision")
+        decision = self.decider.decide(_module(spec), is_expert=is_expert)
+        if decision.format is None:
+            return decision
+        refused = decision.format.refusal(spec.shape, self._dtype(fill))
+        if refused is None:
+            return decision
+        if is_expert or decision.is_named:
+            self.problems.append(
+                Problem(
+                    f"{spec.name} cannot be {decision.format.name}: {refused}",
+                    "Choose another format or group size for it, or keep it with --ignore.",
+                )
+            )
+        return Decision(None, f"{refused}, so not {decision.format.name}")
+
+    def _keep_together(self, decisions: dict[str, Decision], fills: Mapping[str, Fill]) -> None:
+        """What engines fuse is quantized together or not at all."""
+        for name, decision in list(decisions.items()):
+            if decision.format is None:
+                continue
+            for partner in self.decider.partners(_module(fills[name].target)):
+                other = decisions.get(partner + WEIGHT)
+                if other is None or other.format is decision.format or _same(other.format, decision.format):
+                    continue
+                if decision.is_named or other.is_named:
+                    self.problems.append(
+                        Problem(
+                            f"{name} would be {decision.format.name} and {partner + WEIGHT} "
+                            f"{other.format.name if other.format else 'kept'}; engines fuse the two",
+                            "Write a rule that gives both the same.",
+                        )
+                    )
+                decisions[name] = Decision(None, f"engines fuse it with {partner.rsplit('.', 1)[-1]}, which is kept")
+                break
+
+    def _dtype(self, fill: Fill) -> str:
+        """The dtype in which a matrix goes to its encoder."""
+        dtype = fill.target.dtype
+        return self.scheme.dtype if self.scheme.dtype is not None and dtype == "F32" else dtype
+
+    def _value(self, fill: Fill, decision: Decision) -> Value:
+        spec = fill.target
+        made = decision.format
+        stored = fill.moves[0].source.encoded if fill.moves else None
+        if stored is not None and made is not None and _same(stored.format, made):
+            parts = tuple((tensor.spec, None) for tensor in stored.parts.values())
+            return Value(fill, made, parts, f"{made.name} already; copied byte for byte")
+        if made is None:
+            why = decision.why if stored is None else f"decoded from {stored.format.name}"
+            return Value(fill, None, ((spec, None),), why)
+        head = _module(spec)
+        parts_ = made.parts(spec.shape, self._dtype(fill))
+        return Value(fill, made, tuple((Spec(f"{head}.{p.suffix}", p.dtype, p.shape), p) for p in parts_), decision.why)
+
+    def _check(self, values: Sequence[Value], experts: set[str], has_units: bool) -> None:
+        names: set[str] = set()
+        for value in values:
+            for spec, _ in value.parts:
+                if spec.name in names:
+                    self.problems.append(
+                        Problem(
+                            f"two sources for the one target {spec.name}", "Remove the one that is not the model's."
+                        )
+                    )
+                names.add(spec.name)
+        if not self.quantizes:
+            if not any(value.source for value in values):
+                self.problems.append(Problem(f"{self.stored.root} is not quantized", "There is nothing to do."))
+            return
+        self.problems += self.decider.unused()
+        if not has_units:
+            self.problems.append(
+                Problem(
+                    f"{self.stored.root} holds no experts that recipe {self.recipe.name} describes",
+                    "Give the --recipe that matches.",
+                )
+            )
+        elif not self.problems and not any(v.format for v in values if v.fill.target.name in experts):
+            ignored = any(rule.format is None for rule in self.scheme.rules) or self.scheme.only
+            if not ignored:
+                self.problems.append(
+                    Problem("no expert would be quantized", "Say so with --ignore if that is what you want.")
+                )
+        if not self.problems and not any(value.format for value in values):
+            self.problems.append(Problem("nothing would be quantized", "Loosen --only or --ignore."))
+        methods = {value.format.quant_method for value in values if value.format}
+        settings = {json.dumps(value.format.settings()) for value in values if value.format}
+        if len(methods) > 1 or (methods == {"fp8"} and len(settings) > 1):
+            self.problems.append(
+                Problem(
+                    "fp8 cannot stand beside another format in one config.json",
+                    "Take fp8_dynamic or fp8_block, which can be mixed with the others.",
+                )
+            )
+
+    def _steps(self, value: Value, places: Mapping[str, tuple[int, int]]) -> Iterator[Step]:
+        fill, stored = value.fill, value.source
+        if stored is not None and value.format is not None and _same(stored.format, value.format):
+            for tensor in stored.parts.values():
+                yield from steps_of(copy_of(tensor), places[tensor.spec.name])
+            return
+        if value.is_plain:
+            yield from steps_of(fill, places[fill.target.name])
+            return
+        shape, dtype = fill.target.shape, self._dtype(fill)
+        if value.format is None:
+            spec = value.parts[0][0]
+            file, start = places[spec.name]
+            targets = [_part("", spec, file, start, 1)]
+            multiple = 1
+        else:
+            targets = []
+            for spec, part in value.parts:
+                file, start = places[spec.name]
+                assert part is not None
+                if part.rows:
+                    targets.append(_part(part.suffix, spec, file, start, part.rows))
+                else:
+                    yield Content(file, start, value.format.constant(part, shape))
+            multiple = value.format.row_multiple
+        if stored is not None:
+            multiple = max(multiple, stored.format.row_multiple)
+        written = sum(spec.nbytes for spec, _ in value.parts)
+        yield Transcode(
+            fill.target.name, shape, dtype, self._read(fill, stored), fill.target.dtype, value.format, tuple(targets),
+            multiple, max(1, written // shape[0]), 0, shape[0], self.scheme.allow_nonfinite,
+        )  # fmt: skip
+
+    def _read(self, fill: Fill, stored: Encoded | None) -> Any:
+        if stored is None:
+            return rearrangement(fill, 0, 0)
+        known = {part.suffix: part for part in stored.format.parts(fill.target.shape, "BF16")}
+        parts = [
+            _part(suffix, tensor.spec, tensor.file, tensor.offset, known[suffix].rows)
+            for suffix, tensor in stored.parts.items()
+            if known[suffix].rows
+        ]
+        return Decode(stored.format, tuple(parts))
+
+    def _memory(self, steps: Sequence[Step], targets: int, tasks: int) -> Memory:
+        jobs = default_jobs(self.options.jobs, tasks)
+        names = (len(self.stored.tensors) + targets) * NAME_BYTES
+        transcodes = [step for step in steps if isinstance(step, Transcode)]
+        raw = scratch = widest = 0
+        for step in transcodes:
+            elements = prod((tile_rows(step), step.shape[1]))
+            live = max(step.encoder.live_nbytes if step.encoder else 0,
+                       step.source.format.live_nbytes if isinstance(step.source, Decode) else 0, 8)  # fmt: skip
+            raw = max(raw, elements * DTYPE_BITS[step.source_dtype] // 8)
+            scratch = max(scratch, elements * live)
+            widest = max(widest, sum(step.shape))
+        buffer = max(COPY_BUFFER_BYTES, raw * _RAW_SHARE + _GAP_NBYTES * widest)
+        baseline = BASELINE_BYTES + (TORCH_BYTES if transcodes else 0)
+        if self.options.max_memory is not None:
+            room = self.options.max_memory - baseline - names
+            if room < buffer + scratch:
+                least = baseline + names + buffer + scratch
+                raise UsageError(
+                    f"--max-memory {self.options.max_memory:,} is less than this conversion needs",
+                    f"The least that works is {least:,} bytes: --max-memory {-(-least // 1_000_000)}MB.",
+                )
+            jobs = min(jobs, room // (buffer + scratch))
+        return Memory(baseline, names, jobs, buffer, scratch)
+
+    def _fingerprint(self) -> str:
+        before = fingerprint_of(self.stored, self.recipe, "quantize", self.options)
+        return hashlib.sha256(f"{before} {self.scheme.text}".encode()).hexdigest()
+
+    def _warnings(self, values: Sequence[Value]) -> list[str]:
+        if not self.quantizes:
+            return []
+        whole = sum(value.fill.target.nbytes for value in values)
+        plain = sum(value.fill.target.nbytes for value in values if value.format is None)
+        lines = []
+        if plain * 4 > whole:
+            lines.append(f"{100 * plain // whole} % of the bytes stay unquantized")
+        unknown = [
+            value.fill.target.name for value in values if value.format is None and value.why.startswith("not known")
+        ]
+        if unknown:
+            lines.append(f"kept because they are not known as linear layers: {', '.join(collapse(unknown)[:6])}")
+        return lines
+
+    def _config(self, values: Sequence[Value]) -> bytes | None:
+        """config.json with the `quantization_config` that readers need, or without one."""
+        config = json.loads(json.dumps(self.stored.config))
+        if not config:
+            return None
+        _remove(config)
+        if self.quantizes:
+            config["quantization_config"] = _quantization_config(values)
+        dtype = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(self.scheme.dtype or "")
+        if dtype:
+            for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
+                config[key] = dtype
+        return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _remove(config: dict[str, Any]) -> None:
+    for holder in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("quantization_config", "compression_config"):
+            holder.pop(key, None)
+
+
+def _quantization_config(values: Sequence[Value]) -> dict[str, Any]:
+    """The one for all matrices: `fp8`, or compressed-tensors with a group for each format."""
+    kept = sorted(
+        {_module(value.fill.target) for value in values if value.format is None and _is_layer(value.fill.target)}
+    )
+    formats = {json.dumps(v.format.settings(), sort_keys=True): v.format for v in values if v.format}
+    first = next(iter(formats.values()))
+    if first.quant_method == "fp8":
+        return {"quant_method": "fp8", **first.settings(), "modules_to_not_convert": kept}
+    groups: dict[str, Any] = {}
+    for number, (text, made) in enumerate(formats.items()):
+        modules = [
+            _module(v.fill.target)
+            for v in values
+            if v.format and json.dumps(v.format.settings(), sort_keys=True) == text
+        ]
+        targets = ["Linear"] if len(formats) == 1 else _targets(modules)
+        settings = made.settings()
+        groups[f"group_{number}"] = {
+            "targets": targets,
+            "weights": settings["weights"],
+            "input_activations": settings["input_activations"],
+            "output_activations": None,
+            "format": settings["format"],
+        }
+    kinds = {group["format"] for group in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "ignore": kept,
+        "config_groups": groups,
+    }
+
+
+def _targets(modules: Sequence[str]) -> list[str]:
+    """Regular expressions that name these modules: numbers stand for all numbers."""
+    return sorted({"re:^" + re.sub(r"\d+", r"\\d+", re.escape(module)) + "$" for module in modules})
+
+
+def _is_layer(spec: Spec) -> bool:
+    """A tensor that engines may hold in a linear layer."""
+    return spec.name.endswith(WEIGHT) and len(spec.shape) == 2
+
+
+def _is_matrix(spec: Spec) -> bool:
+    return _is_layer(spec) and spec.dtype in FLOATS
+
+
+def _module(spec: Spec) -> str:
+    return spec.name.removesuffix(WEIGHT)
+
+
+def _same(one: Format | None, other: Format | None) -> bool:
+    """Two formats write the same parts in the same way."""
+    if one is None or other is None:
+        return one is other
+    return type(one) is type(other) and one.__dict__ == other.__dict__
+
+
+def _part(suffix: str, spec: Spec, file: int, offset: int, rows: int) -> Part:
+    inner: Shape = spec.shape[1:]
+    return Part(suffix, spec.dtype, file, offset, prod(inner) * DTYPE_BITS[spec.dtype] // 8, spec.shape[0], rows)
