@@ -18,10 +18,33 @@ import typer
 from moeconv import __version__
 from moeconv.errors import MoeconvError
 from moeconv.options import (
-    Command, Destination, DryRunOption, DtypeOption, FormatOption, Group, GroupOption, IgnoreOption,
-    IncludeOption, JobsOption, JsonOption, LayoutOption, MemoryOption, NoFsyncOption, NonfiniteOption, OnlyOption,
-    OptionalDestination, OverwriteOption, RecipeOption, ScaleOption, ShardOption, Source, ToOption, Ue8m0Option,
-    check_layouts, parse_dtype, parse_size,
+    Command,
+    Destination,
+    DryRunOption,
+    DtypeOption,
+    FormatOption,
+    Group,
+    GroupOption,
+    IgnoreOption,
+    IncludeOption,
+    JobsOption,
+    JsonOption,
+    LayoutOption,
+    MemoryOption,
+    NoFsyncOption,
+    NonfiniteOption,
+    OnlyOption,
+    OptionalDestination,
+    OverwriteOption,
+    RecipeOption,
+    ScaleOption,
+    ShardOption,
+    Source,
+    ToOption,
+    Ue8m0Option,
+    check_layouts,
+    parse_dtype,
+    parse_size,
 )  # fmt: skip
 
 if TYPE_CHECKING:

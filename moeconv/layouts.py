@@ -7,8 +7,9 @@ the way: ids, shapes, dtypes, sizes against config.json. What does not fit is re
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from moeconv.checkpoint import Checkpoint, StoredTensor
@@ -59,24 +60,38 @@ class Found(NamedTuple):
     problems: tuple[Problem, ...]
 
 
-def config_sizes(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, frozenset[int]]:
+def config_sizes(checkpoint: Checkpoint, recipe: Recipe, block: str = "") -> dict[str, frozenset[int]]:
     """For each symbol, the sizes that config.json allows: values of the first key that exists, in every scope.
 
-    A list (one value a layer or a modality) allows each of its values. Symbols without a key are absent.
+    A list (one value a layer or a modality) allows each of its values. Symbols without a key are absent. Where the
+    first word of `block` has a config of its own (`thinker.model…` and `thinker_config`), that one decides.
     """
+    own = f"{block.split('.')[0]}_config"
     allowed: dict[str, frozenset[int]] = {}
     for symbol, keys in recipe.dims.items():
-        values: set[int] = set()
+        by_scope: dict[str, list[int]] = {}
         for scope in recipe.scopes:
             for key in keys:
                 value = checkpoint.config_values(scope, key)
-                numbers = [v for v in (value if isinstance(value, list) else [value]) if type(v) is int and v > 0]
+                numbers = [n for v in (value if isinstance(value, list) else [value]) if (n := _count(v))]
                 if numbers:
-                    values.update(numbers)
+                    by_scope[scope] = numbers
                     break
-        if values:
-            allowed[symbol] = frozenset(values)
+        scopes = [scope for scope in by_scope if scope.split(".")[0] == own] or list(by_scope)
+        if scopes:
+            allowed[symbol] = frozenset(number for scope in scopes for number in by_scope[scope])
     return allowed
+
+
+def _count(value: object) -> int | None:
+    """A size as config.json may write it: 8, 8.0 or "8"; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return int(number) if number > 0 and number.is_integer() else None
 
 
 def find_units(checkpoint: Checkpoint, recipe: Recipe, forced: str | None = None) -> Found:
@@ -94,7 +109,7 @@ def find_units(checkpoint: Checkpoint, recipe: Recipe, forced: str | None = None
     used = {tensor.spec.name for unit in search.units for tensor in unit.tensors()}
     rest = [tensor for name, tensor in checkpoint.tensors.items() if name not in used]
     if not search.problems:
-        search.problems += _unknown_experts(rest, recipe)
+        search.problems += _unknown_experts(search.units, rest, recipe)
     return Found(tuple(search.units), tuple(rest), tuple(search.problems))
 
 
@@ -106,9 +121,16 @@ class _Search:
         self.checkpoint = checkpoint
         self.recipe = recipe
         self.forced = forced
-        self.allowed = config_sizes(checkpoint, recipe)
+        self._allowed: dict[str, dict[str, frozenset[int]]] = {}
         self.units: list[Unit] = []
         self.problems: list[Problem] = []
+
+    def allowed(self, block: str) -> dict[str, frozenset[int]]:
+        """Sizes that config.json allows in a block."""
+        word = block.split(".")[0]
+        if word not in self._allowed:
+            self._allowed[word] = config_sizes(self.checkpoint, self.recipe, block)
+        return self._allowed[word]
 
     def candidates(self) -> _Candidates:
         """Tensors that match by name: (component number, block) -> layout -> rule number -> id -> tensor."""
@@ -139,6 +161,15 @@ class _Search:
         }
         if self.forced in trials:
             trials = {self.forced: trials[self.forced]}
+        elif self.forced is not None and any(trial.names and trial.share == 1 for trial in trials.values()):
+            self.problems.append(
+                Problem(
+                    f"{block} holds nothing of the layout {self.forced} that --layout names, "
+                    f"but tensors of {' and '.join(trials)}",
+                    "Leave --layout out: it is for shapes that fit several layouts.",
+                )
+            )
+            return
         for trial in trials.values():
             trial.run()
         trials = {layout: trial for layout, trial in trials.items() if trial.names}
@@ -182,6 +213,7 @@ class _Trial:
         self.layout = layout
         self.rules = component.rules[layout]
         self.hits = hits
+        self.allowed = search.allowed(block)
         self.sizes: dict[str, int] = {}
         self.problems: list[Problem] = []
 
@@ -219,7 +251,7 @@ class _Trial:
 
     def _narrow(self) -> None:
         """Leave ids to the component that counts them, where two count their experts in the same names."""
-        single = {symbol: next(iter(sizes)) for symbol, sizes in self.search.allowed.items() if len(sizes) == 1}
+        single = {symbol: next(iter(sizes)) for symbol, sizes in self.allowed.items() if len(sizes) == 1}
         for number in list(self.hits):
             ids = self.rules[number].pattern.ids
             if ids is None or not self._shares_names(self.rules[number]):
@@ -256,7 +288,7 @@ class _Trial:
             pending = rest
 
     def _bind_from_config(self) -> None:
-        for symbol, allowed in self.search.allowed.items():
+        for symbol, allowed in self.allowed.items():
             if symbol not in self.sizes and len(allowed) == 1:
                 self.sizes[symbol] = next(iter(allowed))
         self._bind_from_shapes()  # folded shapes such as [E*I, H] now have one unknown less
@@ -278,7 +310,7 @@ class _Trial:
         used = {symbol for number in self.hits for dim in self.rules[number].claim for symbol in dim.symbols()}
         used |= {s for number in self.hits if (ids := self.rules[number].pattern.ids) for s in ids.stop.symbols()}
         for symbol in sorted(used):
-            allowed = self.search.allowed.get(symbol)
+            allowed = self.allowed.get(symbol)
             size = self.sizes.get(symbol)
             keys = ", ".join(self.search.recipe.dims.get(symbol, ())) or "no key"
             if size is None:
@@ -338,7 +370,15 @@ class _Trial:
             claimed = tuple(dim.value(self.sizes) for dim in rule.claim)
             claim = f"[{', '.join(map(str, rule.claim))}] = {[size if size is not None else '?' for size in claimed]}"
             odd = [tensor.spec for tensor in hits.values() if tensor.spec.shape != claimed]
-            if odd and None not in claimed:
+            dims = [*rule.claim, *(d for p in parts_of(rule.value) for d in self.search.recipe.part_claims[p])]
+            broken = [dim for dim in dims if dim.value(self.sizes) is None and dim.symbols() <= set(self.sizes)]
+            if broken:
+                sizes = ", ".join(f"{symbol} = {self.sizes[symbol]:,}" for symbol in sorted(broken[0].symbols()))
+                self._problem(
+                    f"{next(iter(hits.values())).spec}: {broken[0]} is no whole number for {sizes}",
+                    "This layout cannot hold such sizes; keep the layout that the checkpoint has.",
+                )
+            elif odd and None not in claimed:
                 more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
                 self._problem(
                     f"{odd[0].name} has the shape {list(odd[0].shape)}{more}; "
@@ -363,13 +403,25 @@ def _usual_shape(hits: Hits) -> Shape:
     return Counter(tensor.spec.shape for tensor in hits.values()).most_common(1)[0][0]
 
 
-def _unknown_experts(rest: Sequence[StoredTensor], recipe: Recipe) -> list[Problem]:
-    """Tensors that look like experts and match no rule: copying them as they are would be wrong silently."""
+def _unknown_experts(units: Sequence[Unit], rest: Sequence[StoredTensor], recipe: Recipe) -> list[Problem]:
+    """Tensors that look like experts and match no rule: copying them as they are would be wrong silently.
+
+    That is what stands below `.experts.ID.`, whatever has more than two axes below `.experts.`, and scales, biases
+    and the like that are named after a tensor which moves.
+    """
+    stems = {
+        tensor.spec.name.removesuffix(".weight")
+        for unit in units
+        for rule, hits in unit.hits
+        if any(part in recipe.part_ids for part in parts_of(rule.value))
+        for tensor in hits.values()
+    }
     odd: dict[str, list[StoredTensor]] = {}
     for tensor in rest:
-        template = template_of(tensor.spec.name)
-        if ".experts.{}." in template or (".experts." in template and len(tensor.spec.shape) > 2):
-            odd.setdefault(template, []).append(tensor)
+        name = tensor.spec.name
+        is_expert = _EXPERT.search(name) or (".experts." in name and len(tensor.spec.shape) > 2)
+        if is_expert or (_COMPANION.search(name) and any(name[:end] in stems for end in _ends(name))):
+            odd.setdefault(template_of(name), []).append(tensor)
     return [
         Problem(
             f"{tensors[0].spec} looks like an expert's ({len(tensors):,} tensors of that kind); "
@@ -378,3 +430,16 @@ def _unknown_experts(rest: Sequence[StoredTensor], recipe: Recipe) -> list[Probl
         )
         for tensors in odd.values()
     ]
+
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+#: What quantizers and layers hang behind the name of a weight.
+_COMPANION = re.compile(
+    r"[._](?:\w*scales?(?:_inv|_2)?|\w*zeros?|\w*zero_points?|\w*bias|absmax|\w*quant_\w+|g_idx|\w*shape"
+    r"|\w*packed|\w*blocks|\w*amax)$"
+)
+
+
+def _ends(name: str) -> Iterator[int]:
+    """Where a stem of `name` may end: before a dot or an underscore."""
+    return (at for at in range(1, len(name)) if name[at] in "._")

@@ -34,6 +34,7 @@ def build_manifest(plan: Plan, command: Sequence[str]) -> bytes:
         "command": list(command),
         "fingerprint": plan.fingerprint,
         "layout": plan.layout,
+        "source_layout": plan.options.layout,
         "include": list(plan.options.include),
         "scheme": json.loads(plan.scheme.text) if plan.scheme else None,
         "recipe": {"name": plan.recipe.name, "text": plan.recipe.text},
@@ -61,7 +62,7 @@ def _history(manifest: Mapping[str, Any]) -> list[Any]:
     if not manifest:
         return []
     before = manifest.get("history")
-    step = {key: manifest.get(key) for key in ("tool", "command", "layout", "scheme", "source")}
+    step = {key: manifest.get(key) for key in ("tool", "command", "layout", "include", "scheme", "source")}
     return [*(before if isinstance(before, list) else []), step]
 
 

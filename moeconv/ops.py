@@ -101,7 +101,7 @@ def _place(expression: Expression, part_shapes: Mapping[str, Shape]) -> tuple[Sh
 def _join(expression: Concat | Interleave, placed: list[tuple[Shape, _Leaves]]) -> tuple[Shape, _Leaves]:
     shapes = [shape for shape, _ in placed]
     along = expression.axis if expression.axis >= 0 else len(shapes[0]) + expression.axis
-    if along >= len(shapes[0]):
+    if not 0 <= along < len(shapes[0]):
         raise ShapeError(f"axis {expression.axis} does not exist in {list(shapes[0])}")
     others = {(*shape[:along], *shape[along + 1 :]) for shape in shapes}
     if len(others) != 1:

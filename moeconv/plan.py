@@ -250,9 +250,28 @@ def place_specs(
         source: whose `__metadata__` is carried over.
         options: see `Options`.
     """
-    ordered_groups = sorted(groups, key=lambda group: natural_key(group[0].name))
-    shards = _shards(ordered_groups, options.max_shard_nbytes)
+    ordered = sorted(groups, key=lambda group: natural_key(group[0].name))
     metadata = _metadata(source)
+    limit = options.max_shard_nbytes
+    while True:
+        shards = _shards(ordered, limit)
+        files, places, weight_map = _files(shards, metadata)
+        # Headers and the gaps that align data count too, which only a finished cut can tell.
+        excess = max((f.nbytes - options.max_shard_nbytes for f in files if len(f.specs) > 1), default=0)
+        if excess <= 0 or len(shards) == len(groups) or limit <= excess:
+            break
+        limit -= excess
+    if len(files) == 1:
+        return files, places, b""
+    total = sum(spec.nbytes for group in groups for spec in group)
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return files, places, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _files(
+    shards: Sequence[Sequence[Spec]], metadata: Mapping[str, str]
+) -> tuple[tuple[TargetFile, ...], dict[str, tuple[int, int]], dict[str, str]]:
+    """Files for shards, the place of every tensor, and the file of every tensor."""
     files: list[TargetFile] = []
     places: dict[str, tuple[int, int]] = {}
     weight_map: dict[str, str] = {}
@@ -263,11 +282,7 @@ def place_specs(
         places.update((name, (number, start)) for name, start in starts.items())
         weight_map.update((spec.name, path) for spec in shard)
         files.append(TargetFile(path, head, len(head) + sum(spec.nbytes for spec in shard), tuple(ordered)))
-    if len(shards) == 1:
-        return tuple(files), places, b""
-    total = sum(spec.nbytes for group in groups for spec in group)
-    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    return tuple(files), places, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return tuple(files), places, weight_map
 
 
 def _shards(groups: Sequence[tuple[Spec, ...]], most: int) -> list[list[Spec]]:
@@ -277,7 +292,7 @@ def _shards(groups: Sequence[tuple[Spec, ...]], most: int) -> list[list[Spec]]:
     """
     sizes = [sum(spec.nbytes for spec in group) for group in groups]
     wanted = len(_cut(sizes, most))
-    low, high = sum(sizes) // wanted, most
+    low, high = min(sum(sizes) // wanted, most), most
     for _ in range(8):
         middle = (low + high) // 2
         if len(_cut(sizes, middle)) <= wanted:

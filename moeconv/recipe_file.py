@@ -274,6 +274,8 @@ def _rule(key: Yaml, value: Yaml) -> Rule:
                 pad = parse_dim(entries["pad"].text())
             except DimSyntaxError as error:
                 raise value.error(str(error), "Write how many experts are added, such as Z.") from None
+            if pattern.ids is not None:
+                raise value.error("pad is for a tensor that holds all experts, and this one holds one", "Remove pad.")
     return Rule(pattern, claim, _expression(value, is_top=True), pad, key.where)
 
 

@@ -175,24 +175,38 @@ def build_scheme(
         RecipeError: rules that cannot be read.
     """
     text, layouts = "", recipe
-    rules = [FormatRule(pattern, None, "--ignore") for pattern in ignore]
     if recipe is not None:
         content, path = recipe_text(recipe)
         read = read_rules(content, str(path))
         if read is not None:
             text, layouts = content, read[1]
-            rules += read[0]
     if name is None and not text:
         raise UsageError("neither --format nor --recipe says what to quantize to", f"Formats: {', '.join(FORMATS)}.")
     if name is None and options:
         raise UsageError("options of a format without --format", "Write them into the recipe, or add --format.")
-    default = parse_format(name, options, "--format") if name is not None else None
     said = {
         "format": name and format_name(name), "options": dict(options), "rules": text, "ignore": list(ignore),
         "only": list(only), "dtype": dtype, "allow_nonfinite": allow_nonfinite,
     }  # fmt: skip
-    made = Scheme(tuple(rules), default, tuple(only), dtype, allow_nonfinite, json.dumps(said, sort_keys=True))
-    return made, layouts
+    return scheme_of(said), layouts
+
+
+def scheme_of(said: Mapping[str, Any]) -> Scheme:
+    """A scheme from what `Scheme.text` holds, which is how a manifest keeps it.
+
+    Raises:
+        UsageError: a format or option that does not exist.
+        RecipeError: rules that cannot be read.
+    """
+    rules = [FormatRule(pattern, None, "--ignore") for pattern in said["ignore"]]
+    read = read_rules(said["rules"], "rules") if said["rules"] else None
+    rules += read[0] if read else ()
+    name = said["format"]
+    default = parse_format(name, said["options"], "--format") if name is not None else None
+    return Scheme(
+        tuple(rules), default, tuple(said["only"]), said["dtype"], said["allow_nonfinite"],
+        json.dumps(said, sort_keys=True),
+    )  # fmt: skip
 
 
 class Decider:

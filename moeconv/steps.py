@@ -190,10 +190,17 @@ class Task(NamedTuple):
 
 
 def needs_whole_bytes(fill: Fill) -> bool:
-    """Whether the fill can run on bytes: elements of full bytes, or a copy of a whole tensor."""
-    if DTYPE_BITS[fill.target.dtype] % 8 == 0:
+    """Whether the fill can run on bytes: elements of full bytes, or runs that begin and end between two bytes."""
+    bits = DTYPE_BITS[fill.target.dtype]
+    if bits % 8 == 0:
         return True
-    return all(move.route.run is not None for move in fill.moves)
+    edges = [fill.at, prod(fill.target.shape)]
+    for move in fill.moves:
+        if move.route.run is None:
+            return False
+        source_first, target_first, count = move.route.run
+        edges += [move.source_at + source_first, target_first, count]
+    return all(edge * bits % 8 == 0 for edge in edges)
 
 
 def steps_of(fill: Fill, target: tuple[int, int]) -> Iterator[Step]:

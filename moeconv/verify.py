@@ -10,13 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moeconv.checkpoint import Checkpoint, open_checkpoint
-from moeconv.errors import Problem
+from moeconv.checkpoint import CONFIG, MAX_CONFIG_BYTES, Checkpoint, open_checkpoint
+from moeconv.encoded import decoded_view
+from moeconv.errors import CheckpointError, Problem
 from moeconv.files import Files, Rows
 from moeconv.layouts import find_units
 from moeconv.names import collapse
 from moeconv.plan import Options, Plan, plan
+from moeconv.quantize import plan_dequantize, plan_quantize
 from moeconv.recipe import Recipe
+from moeconv.scheme import scheme_of
 from moeconv.selection import select_recipe
 from moeconv.worker import OpenFiles, Worker
 
@@ -63,22 +66,40 @@ def verify_folder(
     Raises:
         MoeconvError: the source cannot be read or planned.
     """
+    scheme = made.manifest.get("scheme")
     chosen = select_recipe(made, recipe)
     problems = check_structure(made, chosen)
     if against is None or problems:
         return Report(len(made.tensors), 0, tuple(problems))
     source = open_checkpoint(against, files)
-    target = _layout_of(made, chosen)
-    options = Options(layout=layout, jobs=jobs, include=_included(made))
-    if options.include:
-        source = open_checkpoint(against, files, options.include)
-    return compare(plan(source, select_recipe(source, recipe or None, layout), target, options), made, files)
+    include = _included(made, {item.path for item in source.left_out})
+    if include:
+        source = open_checkpoint(against, files, include)
+    said = made.manifest.get("source_layout")
+    options = Options(layout=layout or (said if isinstance(said, str) else None), jobs=jobs, include=include)
+    if not made.manifest and recipe is None:
+        chosen = select_recipe(source, None, layout)
+    if isinstance(scheme, dict):
+        return compare(_plan_again(source, chosen, scheme, options), made, files)
+    return compare(plan(source, chosen, _layout_of(made, chosen), options), made, files)
 
 
-def _included(made: Checkpoint) -> tuple[str, ...]:
-    """Weight files beside the source's index that were included when the folder was made."""
-    value = made.manifest.get("include")
-    return tuple(name for name in value if isinstance(name, str)) if isinstance(value, list) else ()
+def _plan_again(source: Checkpoint, recipe: Recipe, scheme: dict[str, Any], options: Options) -> Plan:
+    """The plan of a quantization that a manifest tells of."""
+    try:
+        if "dequantize" in scheme:
+            return plan_dequantize(source, recipe, scheme["dequantize"], options)
+        return plan_quantize(source, recipe, scheme_of(scheme), options)
+    except (KeyError, TypeError):
+        raise CheckpointError("moeconv.json says nothing sensible about formats", "Convert again.") from None
+
+
+def _included(made: Checkpoint, candidates: set[str]) -> tuple[str, ...]:
+    """Weight files beside the source's index that were included when the folder, or what it is made from, was made."""
+    history = made.manifest.get("history")
+    steps = [made.manifest, *(history if isinstance(history, list) else [])]
+    names = [name for step in steps if isinstance(step, dict) for name in step.get("include") or () if name]
+    return tuple(dict.fromkeys(name for name in names if name in candidates))
 
 
 def _layout_of(made: Checkpoint, recipe: Recipe) -> str:
@@ -101,7 +122,9 @@ def check_structure(folder: Checkpoint, recipe: Recipe | None) -> list[Problem]:
             )
         )
     if recipe is not None:
-        problems += find_units(folder, recipe).problems
+        quantized = isinstance(folder.manifest.get("scheme"), dict)
+        shown = decoded_view(folder, problems) if quantized else folder
+        problems += find_units(shown, recipe).problems
     if not folder.config:
         problems.append(
             Problem(f"{folder.root} has no config.json", "Copy it from the source: no engine loads without.")
@@ -127,7 +150,7 @@ def compare(wanted_plan: Plan, made: Checkpoint, files: Files | None = None) -> 
     for name, spec in wanted.items():
         if name in made.tensors and made.tensors[name].spec != spec:
             problems.append(Problem(f"{made.tensors[name].spec} should be {spec}", "Convert again."))
-    problems += _other_files(wanted_plan.source, made, files)
+    problems += _other_files(wanted_plan, made, files)
     if problems:
         return Report(len(wanted), 0, tuple(problems))
     comparison = _Comparison(wanted_plan, made, files)
@@ -135,10 +158,15 @@ def compare(wanted_plan: Plan, made: Checkpoint, files: Files | None = None) -> 
     return Report(len(wanted), sum(task.nbytes for task in wanted_plan.tasks), tuple(comparison.problems()))
 
 
-def _other_files(source: Checkpoint, made: Checkpoint, files: Files) -> Iterator[Problem]:
-    """Files that are carried over as they are, and are missing or differ."""
+def _other_files(wanted: Plan, made: Checkpoint, files: Files) -> Iterator[Problem]:
+    """Files that are carried over as they are, and are missing or differ; config.json, where the plan writes it."""
+    source = wanted.source
     found = {file.path: file.nbytes for file in made.sidecars}
     for file in source.sidecars:
+        if file.path == CONFIG and wanted.config is not None:
+            if CONFIG not in found or files.read_bytes(made.root / CONFIG, MAX_CONFIG_BYTES) != wanted.config:
+                yield Problem(f"{made.root / CONFIG} is not the one of this conversion", "Convert again.")
+            continue
         theirs, ours = source.root / file.path, made.root / file.path
         if file.path not in found:
             yield Problem(f"{ours} is missing", f"Copy {theirs} there, or convert again.")

@@ -114,7 +114,7 @@ def test_all_that_is_public_has_a_docstring(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_file_is_read_in_one_sitting(module: str) -> None:
-    assert PATHS[module].read_text(encoding="utf-8").count("\n") <= 450
+    assert PATHS[module].read_text(encoding="utf-8").count("\n") <= 500
     functions = [node for node in ast.walk(MODULES[module]) if isinstance(node, ast.FunctionDef)]
     assert not [node.name for node in functions if (node.end_lineno or 0) - node.lineno > 70]
 

@@ -321,3 +321,94 @@ def test_a_tensor_of_half_bytes_is_moved_only_whole(tmp_path: Path) -> None:
     assert "cannot be rearranged: its elements are smaller than a byte" in message
     succeeds("convert", source, tmp_path / "same", "--to", "hub", "--recipe", recipe)
     assert read_folder(tmp_path / "same") == tensors
+
+
+# What hangs on an expert moves with it, or stops the run
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("gate_up_proj_bias", (4, 12)),
+        ("gate_up_proj_scale_inv", ()),
+        ("down_proj_scale_inv", (4,)),
+        ("down_proj.weight_scale", (4, 10, 1)),
+        ("down_proj.input_scale", (1,)),
+    ],
+)
+def test_a_companion_of_packed_experts_is_never_left_behind(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    tensors = pack_by_hand(experts_layout())
+    tensors[f"{BLOCK}.{name}"] = tensor(shape, "F32")
+    source = write_folder(tmp_path / "source", tensors, CONFIG)
+    message = refused_source(source, command="unpack")
+    assert f"{BLOCK}.{name} F32 {list(shape)} looks like an expert's" in message
+
+
+def test_an_expert_id_with_a_leading_zero_is_not_copied_as_something_else(tmp_path: Path) -> None:
+    tensors = {**experts_layout(), f"{BLOCK}.03.up_proj.scale": tensor((6,))}
+    assert f"{BLOCK}.03.up_proj.scale BF16 [6] looks like an expert's" in refusal(tmp_path, tensors)
+
+
+@pytest.mark.parametrize("recipe", ["gpt_oss_mxfp4", "inkling"])
+def test_sizes_that_no_whole_block_fits_are_refused(tmp_path: Path, recipe: str) -> None:
+    """48 / 32 is no whole number: the axis must not vanish."""
+    experts, inner, hidden = 2, 48, 64
+    sizes = {"num_local_experts": experts, "n_routed_experts": experts, "hidden_size": hidden}
+    config = {**sizes, "intermediate_size": inner, "moe_intermediate_size": inner}
+    if recipe == "inkling":
+        shapes = {
+            "w13_weight": (experts, 2 * inner, hidden),
+            "w13_weight_scale": (experts, 2 * inner, hidden // 32),
+            "w2_weight": (experts, hidden, inner),
+            "w2_weight_scale": (experts, hidden, 2),
+        }
+    else:
+        shapes = {
+            "gate_up_proj_blocks": (experts, 2 * inner, hidden // 32, 16),
+            "gate_up_proj_scales": (experts, 2 * inner, hidden // 32),
+            "gate_up_proj_bias": (experts, 2 * inner),
+            "down_proj_blocks": (experts, hidden, 2, 16),
+            "down_proj_scales": (experts, hidden, 2),
+            "down_proj_bias": (experts, hidden),
+        }
+    tensors = {f"{BLOCK}.{name}": tensor(shape, "U8", name) for name, shape in shapes.items()}
+    source = write_folder(tmp_path / "source", tensors, {"model_type": "x", **config})
+    assert "I/32 is no whole number for I = 48" in refused_source(source, "--recipe", recipe, command="unpack")
+
+
+@pytest.mark.parametrize("count", [4.0, "4"])
+def test_a_number_of_experts_counts_however_config_json_writes_it(tmp_path: Path, count: object) -> None:
+    tensors = without(experts_layout(), lambda name: f"{BLOCK}.3." in name)
+    assert "has 3 of 4 experts; missing: 3" in refusal(tmp_path, tensors, {"num_experts": count})
+
+
+def test_each_model_of_several_has_its_own_config(tmp_path: Path) -> None:
+    """Both have four experts in the first layer; the thinker's second layer has as many as the talker's should."""
+    tensors = {f"thinker.{name}": item for name, item in experts_layout(2, 4).items()}
+    tensors |= {f"talker.{name}": item for name, item in experts_layout(1, 2).items()}
+    config = {
+        f"{who}_config": {"text_config": {**CONFIG, "num_experts": count}}
+        for who, count in {"thinker": 4, "talker": 2}.items()
+    }
+    config["model_type"] = "qwen3_omni_moe"  # type: ignore[assignment]
+    source = write_folder(tmp_path / "source", tensors, config)
+    succeeds("pack", source, tmp_path / "packed")
+    short = without(tensors, lambda name: ".layers.1.mlp.experts.2." in name or ".layers.1.mlp.experts.3." in name)
+    source = write_folder(tmp_path / "short" / "source", short, config)
+    assert "thinker.model.layers.1" in refused_source(source)
+
+
+def test_a_layout_that_the_source_does_not_have_is_no_answer(tmp_path: Path) -> None:
+    message = refusal(tmp_path, experts_layout(), None, "--layout", "packed")
+    assert "model.layers.0 holds nothing of the layout packed that --layout names, but tensors of experts" in message
+
+
+def test_elements_of_half_a_byte_are_never_cut_in_two(tmp_path: Path) -> None:
+    """Three elements of four bits: the second expert would begin inside a byte."""
+    tensors = {
+        f"{BLOCK}.gate_up_proj": Tensor("F4", (2, 6, 3), bytes(18)),
+        f"{BLOCK}.down_proj": Tensor("F4", (2, 3, 3), bytes(9)),
+    }
+    config = {**CONFIG, "num_experts": 2, "moe_intermediate_size": 3, "hidden_size": 3}
+    source = write_folder(tmp_path / "source", tensors, config)
+    assert "its elements are smaller than a byte" in refused_source(source, "--layout", "packed", command="unpack")

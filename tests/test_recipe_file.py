@@ -270,3 +270,23 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path) -> None:
     assert "moeconv.json (recipe r):1: unknown key 'abuot'" in refused_source(source)
     succeeds("pack", source, tmp_path / "target", "--recipe", "gate_up_down")
     assert read_folder(tmp_path / "target") == pack_by_hand(experts_layout())
+
+
+def test_only_a_tensor_of_all_experts_can_be_padded(tmp_path: Path) -> None:
+    path = tmp_path / "pad.yaml"
+    text = recipe_text("gate_up_down")[0]
+    line = '"{block}.mlp.experts.{expert}.down_proj.weight [H, I]": down'
+    assert line in text
+    path.write_text(text.replace(line, line.replace(": down", ": {concat: [down], pad: 1}")), encoding="utf-8")
+    assert "pad is for a tensor that holds all experts" in refused("recipes", "check", path, within=tmp_path)
+
+
+def test_parts_without_axes_cannot_be_joined(tmp_path: Path) -> None:
+    path = tmp_path / "scalars.yaml"
+    path.write_text(
+        "about: scalars\nmodel_types: [x]\ndims: {E: num_experts}\nlayouts:\n"
+        '  experts:\n    "{block}.experts.{expert}.gate_scale []": gate\n'
+        '    "{block}.experts.{expert}.up_scale []": up\n'
+        '  packed:\n    "{block}.experts.scale [E]": {concat: [gate, up], axis: -1}\n'
+    )
+    assert "axis -1 does not exist in []" in refused("recipes", "check", path, within=tmp_path)

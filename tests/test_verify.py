@@ -256,3 +256,14 @@ def test_an_option_that_cannot_be_right_is_refused(source: Path, packed: Path, o
         result = run("verify", *arguments, *option)
         assert result.code == (1 if "--recipe" in option else 2), result
         assert option["--jobs" not in option] in result.err
+
+
+def test_a_folder_is_checked_with_the_recipe_and_files_it_was_made_with(tmp_path: Path) -> None:
+    """A model_type that no recipe knows, and weights beside the index, through two conversions."""
+    source = write_folder(tmp_path / "source", experts_layout(), {**CONFIG, "model_type": "unheard_of"}, 3)
+    write_file(source / "mtp.safetensors", {"mtp.norm.weight": tensor((10,))})
+    options = ("--recipe", "gate_up_down", "--include", "mtp.safetensors")
+    succeeds("pack", source, tmp_path / "packed", *options)
+    succeeds("unpack", tmp_path / "packed", tmp_path / "back")
+    succeeds("verify", tmp_path / "packed", "--against", source)
+    succeeds("verify", tmp_path / "back", "--against", source)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from moeconv.formats.format import Format, StoredPart
@@ -28,6 +28,16 @@ def _block_amax(tile: Tensor) -> Tensor:
 def _by_column(scales: Tensor, columns: int) -> Tensor:
     """Scales of blocks as float32 [row blocks, columns]."""
     return scales.float().repeat_interleave(BLOCK, 1)[:, :columns]
+
+
+def _encode_blocks(tile: Tensor, scales: Tensor, scaled: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Codes of a matrix, a row of blocks at a time: `scaled` multiplies by the scales, or divides, in place."""
+    import torch
+
+    codes = torch.empty(tile.shape, dtype=torch.float8_e4m3fn, device=tile.device)
+    for block, own, into in zip(tile.split(BLOCK), _by_column(scales, tile.shape[1]), codes.split(BLOCK), strict=True):
+        into.copy_(scaled(block.to(torch.float32, copy=True), own).clamp_(-E4M3_MAX, E4M3_MAX))
+    return codes
 
 
 def _decode_blocks(codes: Tensor, scales: Tensor, columns: int) -> Tensor:
@@ -88,12 +98,7 @@ class FineGrainedFp8(_Fp8):
             tiny = torch.finfo(torch.float32).tiny
             inverse = torch.exp2(torch.ceil(torch.log2(inverse.clamp(min=tiny))))
             scale = 1.0 / inverse
-        codes = torch.empty_like(tile, dtype=torch.float8_e4m3fn)
-        for block, factors, into in zip(
-            tile.split(BLOCK), _by_column(scale, tile.shape[1]), codes.split(BLOCK), strict=True
-        ):
-            into.copy_(block.to(torch.float32, copy=True).mul_(factors).clamp_(-E4M3_MAX, E4M3_MAX))
-        return codes, inverse
+        return _encode_blocks(tile, scale, torch.Tensor.mul_), inverse
 
     def decode(self, parts: Mapping[str, Tensor], columns: int) -> Tensor:
         return _decode_blocks(parts["weight"], parts["weight_scale_inv"], columns)
@@ -153,12 +158,7 @@ class BlockFp8(_Fp8):
 
         scale = _block_amax(tile) / torch.tensor(E4M3_MAX, dtype=tile.dtype)
         scale = torch.where(scale == 0, torch.finfo(tile.dtype).eps, scale).to(tile.dtype)
-        codes = torch.empty_like(tile, dtype=torch.float8_e4m3fn)
-        for block, divisors, into in zip(
-            tile.split(BLOCK), _by_column(scale, tile.shape[1]), codes.split(BLOCK), strict=True
-        ):
-            into.copy_(block.to(torch.float32, copy=True).div_(divisors).clamp_(-E4M3_MAX, E4M3_MAX))
-        return codes, scale
+        return _encode_blocks(tile, scale, torch.Tensor.div_), scale
 
     def decode(self, parts: Mapping[str, Tensor], columns: int) -> Tensor:
         return _decode_blocks(parts["weight"], parts["weight_scale"], columns)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _WORD_BITS = 32
 #: Shrink factors of the range that `scale: mse` tries, from 1 down; the best of them for each group is taken.
-_SHRINKS = tuple(1 - 0.02 * step for step in range(20))
+_SHRINKS = (1.0, *(percent / 100 for percent in range(108, 68, -2) if percent != 100))
 
 
 def _bounds(bits: int) -> tuple[int, int]:
@@ -127,8 +127,7 @@ class PackedInt(Format):
         packed = _packed((codes - low).to(torch.uint8).flatten(1), self.bits)
         if zero is None:
             return packed, scale
-        zeros = _packed((zero - low).to(torch.uint8).T, self.bits).T
-        return packed, scale, zeros.reshape(-1).reshape(zeros.shape)
+        return packed, scale, _transposed(_packed((zero - low).to(torch.uint8).T, self.bits))
 
     def _parameters(self, least: Tensor, most: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale in the source's dtype, and the zero point as float32 whole numbers."""
@@ -138,10 +137,9 @@ class PackedInt(Format):
         if self.symmetric:
             return _scale(least, most, high - low), None
         scale = (most - least) / torch.tensor(float(high - low), dtype=least.dtype)
-        is_zero = scale == 0
-        scale = torch.where(is_zero, torch.finfo(least.dtype).eps, scale).to(least.dtype)
-        zero = (low - least / scale).float().clamp_(low, high).round_()
-        return scale, torch.where(is_zero, 0.0, zero)
+        # A range that underflows to a scale of 0 has its zero point at an end, a range of 0 (0 / 0) has it at 0.
+        zero = (low - least / scale).float().clamp_(low, high).round_().nan_to_num_(0.0)
+        return torch.where(scale == 0, torch.finfo(least.dtype).eps, scale).to(least.dtype), zero
 
     def _codes(self, groups: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         low, high = _bounds(self.bits)
@@ -172,7 +170,7 @@ class PackedInt(Format):
         scale = parts["weight_scale"].float()
         codes = _groups(codes, codes.shape[1] // scale.shape[1])
         if not self.symmetric:
-            zero = _unpacked(parts["weight_zero_point"].T, self.bits).T[: scale.shape[0]].float() + low
+            zero = _unpacked(_transposed(parts["weight_zero_point"]), self.bits).T[: scale.shape[0]].float() + low
             codes = codes - zero[..., None]
         decoded: Tensor = codes * scale[..., None]
         return decoded.flatten(1)
@@ -191,6 +189,13 @@ def _groups(tile: Tensor, size: int) -> Tensor:
     return tile.reshape(tile.shape[0], -1, size)
 
 
+def _transposed(words: Tensor) -> Tensor:
+    """A copy in row-major order; `.T.contiguous()` keeps the strides of an axis of size 1, which no view accepts."""
+    import torch
+
+    return words.T.clone(memory_format=torch.contiguous_format)
+
+
 def _packed(codes: Tensor, bits: int) -> Tensor:
     """Codes [rows, n] below 2^bits as words [rows, ceil(n * bits / 32)] int32, the first in the lowest bits."""
     import torch
@@ -207,7 +212,7 @@ def _unpacked(words: Tensor, bits: int) -> Tensor:
     """The inverse of `_packed`: uint8 codes."""
     import torch
 
-    codes = words.reshape(-1).view(torch.uint8).reshape(len(words), -1)
+    codes = words.contiguous().view(torch.uint8)
     if bits == 8:
         return codes
     return torch.stack((codes & 15, codes >> 4), -1).flatten(1)
