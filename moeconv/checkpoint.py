@@ -8,6 +8,8 @@ of links to `../../blobs`.
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
@@ -34,6 +36,11 @@ _OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".gguf", ".ckpt", ".h5", ".msgpack", ".
 _OTHER_INDEXES = (".bin.index.json", ".h5.index.json", ".msgpack.index.json", ".safetensors.index.json")
 #: Folders that hold other copies of the weights, or what tools keep for themselves.
 _LEFT_OUT_FOLDERS = {"original": "the publisher's own format", ".git": "version control", ".cache": "download cache"}
+#: What a clone holds in place of a large file that was not downloaded; never longer than 1024 bytes.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_MAX_POINTER_BYTES = 1024
+#: An escaped byte of a name that is not UTF-8, and no second half of a character.
+_ESCAPED_BYTE = re.compile(rb"(?<!\\ud[89ab][0-9a-f]{2})\\udc[89a-f][0-9a-f]")
 
 
 class StoredTensor(NamedTuple):
@@ -74,7 +81,7 @@ class WeightFile(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """A file that is not carried over, and why."""
+    """A file, or a whole folder (`NAME/`), that is not carried over, and why."""
 
     path: str
     nbytes: int
@@ -114,10 +121,30 @@ class _Opening:
     files: Files
     problems: list[Problem] = field(default_factory=list)
 
+    def is_usable(self, entry: FileStat) -> bool:
+        """Whether a file can be read and is no pointer of Git LFS; else a problem is noted."""
+        if not len(_LFS_POINTER) <= entry.nbytes <= _MAX_POINTER_BYTES:
+            return True
+        try:
+            self._check_content(entry.path, self.files.read_bytes(self.root / entry.path, _MAX_POINTER_BYTES))
+        except CheckpointError as error:
+            self.problems += error.problems
+            return False
+        return True
+
+    def _check_content(self, name: str, content: bytes) -> None:
+        if content.startswith(_LFS_POINTER):
+            raise CheckpointError(
+                f"{self.root / name} is a Git LFS pointer; the file itself was not downloaded",
+                f"Run `git lfs pull` in {self.root}.",
+            )
+
     def mapping(self, name: str, limit: int) -> dict[str, Any] | None:
         """The JSON object in a file; None, with a problem noted, where there is none."""
         try:
-            value = read_json(self.files.read_bytes(self.root / name, limit))
+            content = self.files.read_bytes(self.root / name, limit)
+            self._check_content(name, content)
+            value = read_manifest(content) if name == MANIFEST else read_json(content)
         except HeaderError as error:
             self.problems.append(Problem(f"{self.root / name}: {error}", "Download the file again."))
         except CheckpointError as error:
@@ -127,6 +154,16 @@ class _Opening:
                 return value
             self.problems.append(Problem(f"{self.root / name} is not a JSON object", "Download the file again."))
         return None
+
+
+def read_manifest(content: bytes) -> Any:
+    """Parse a `moeconv.json`. Names that are not UTF-8 stand in it as Python has them, with bytes as half characters.
+
+    Raises:
+        HeaderError: not JSON that can be trusted.
+    """
+    read_json(_ESCAPED_BYTE.sub(b"?", content))  # of other files it refuses such text
+    return json.loads(content)
 
 
 def open_checkpoint(root: Path, files: Files | None = None, include: tuple[str, ...] = ()) -> Checkpoint:
@@ -151,9 +188,14 @@ def open_checkpoint(root: Path, files: Files | None = None, include: tuple[str, 
             unreadable.append(path)
         else:
             found[path] = entry
+    if JOURNAL in found and MANIFEST not in found:
+        raise CheckpointError(
+            f"{root} is an unfinished run of moeconv: not all of its weights are there",
+            "Finish it with the command that began it, then give the finished folder.",
+        )
     config = (opening.mapping(CONFIG, MAX_CONFIG_BYTES) if CONFIG in found else None) or {}
     manifest = (opening.mapping(MANIFEST, MAX_INDEX_BYTES) if MANIFEST in found else None) or {}
-    weight_map, total_size = _weight_map(opening, found)
+    weight_map, total_size, index = _weight_map(opening, found)
     names = sorted({*(name for name in weight_map.values()), *include}) if weight_map else sorted(include)
     for name in include:
         if name not in found or not name.endswith(".safetensors"):
@@ -162,20 +204,41 @@ def open_checkpoint(root: Path, files: Files | None = None, include: tuple[str, 
             )
     weights, tensors = _read_headers(opening, [name for name in names if name in found], found)
     _check_index(opening, weight_map, weights, tensors, found, include)
-    for path in unreadable:
-        opening.problems.append(
-            Problem(f"{root / path} cannot be read or is no regular file", "Restore the link's target, or remove it.")
-        )
+    sidecars, left_out = _others(found, unreadable, {*names, index})
+    for entry in sidecars:
+        if entry.path != CONFIG:  # which was looked at before
+            opening.is_usable(entry)
+    _check_readable(opening, unreadable)
     if opening.problems:
         raise CheckpointError.of(opening.problems)
-    sidecars, left_out = _others(found, {file.path for file in weights}, weight_map)
     return Checkpoint(
         root, tuple(weights), tensors, config, tuple(sidecars), tuple(left_out), manifest, total_size
     )  # fmt: skip
 
 
-def _weight_map(opening: _Opening, found: Mapping[str, FileStat]) -> tuple[dict[str, str], int | None]:
-    """Tensor name -> file, from the index; {"": file} for a single file."""
+def _check_readable(opening: _Opening, unreadable: list[str]) -> None:
+    for path in unreadable:
+        if path.split("/", 1)[0] in _LEFT_OUT_FOLDERS:
+            continue
+        whole = opening.root / path
+        if not opening.files.is_folder(whole):
+            problem = Problem(
+                f"{whole} cannot be read or is no regular file", "Restore the link's target, or remove it."
+            )
+        elif opening.files.is_link(whole):
+            problem = Problem(
+                f"{whole} is a link to a folder, and moeconv does not follow those",
+                "Put the folder itself there if the model needs it; else remove the link.",
+            )
+        else:
+            problem = Problem(f"{whole} is a folder that cannot be listed", "Make it readable for this user.")
+        opening.problems.append(problem)
+
+
+def _weight_map(
+    opening: _Opening, found: Mapping[str, FileStat]
+) -> tuple[dict[str, str], int | None, str | None]:  # fmt: skip
+    """Tensor name -> file, from the index; {"": file} for a single file. Then the index's total size and its name."""
     root = opening.root
     top = [path for path in found if "/" not in path and path.endswith(".safetensors")]
     indexes = [path for path in found if "/" not in path and path.endswith(".safetensors.index.json")]
@@ -183,7 +246,7 @@ def _weight_map(opening: _Opening, found: Mapping[str, FileStat]) -> tuple[dict[
     if index is None:
         single = SINGLE if SINGLE in top else top[0] if len(top) == 1 else None
         if single:
-            return {"": single}, None
+            return {"": single}, None, None
         if not top:
             others = [path for path in found if path.endswith(_OTHER_WEIGHTS)]
             hint = f" It has {', '.join(others[:3])}; moeconv reads safetensors only." if others else ""
@@ -197,14 +260,14 @@ def _weight_map(opening: _Opening, found: Mapping[str, FileStat]) -> tuple[dict[
                     f"Download {INDEX}; without one, keep a single weight file.",
                 )
             )
-        return {}, None
+        return {}, None, None
     parsed = opening.mapping(index, MAX_INDEX_BYTES)
     if parsed is None:
-        return {}, None
+        return {}, None, index
     weight_map = parsed.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         opening.problems.append(Problem(f"{root / index} has no weight_map", "Download the index again."))
-        return {}, None
+        return {}, None, index
     valid: dict[str, str] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or "/" in file or "\\" in file or file in ("", ".", "..") or "\0" in file:
@@ -218,7 +281,9 @@ def _weight_map(opening: _Opening, found: Mapping[str, FileStat]) -> tuple[dict[
             valid[name] = file
     metadata = parsed.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return valid, int(total) if type(total) is int or (isinstance(total, float) and isfinite(total)) else None
+    if type(total) is int or (isinstance(total, float) and isfinite(total)):
+        return valid, int(total), index
+    return valid, None, index
 
 
 def _read_headers(
@@ -227,6 +292,8 @@ def _read_headers(
     weights: list[WeightFile] = []
     tensors: dict[str, StoredTensor] = {}
     for name in names:
+        if not opening.is_usable(found[name]):
+            continue
         try:
             file, placed = _read_header(opening, found[name])
         except HeaderError as error:
@@ -306,20 +373,22 @@ def _check_index(
 
 
 def _others(
-    found: Mapping[str, FileStat], weights: set[str], weight_map: Mapping[str, str]
+    found: Mapping[str, FileStat], unreadable: list[str], own: set[str | None]
 ) -> tuple[list[FileStat], list[LeftOut]]:
-    """Split what is no weight file of the model into files to carry over and files to leave out."""
+    """Split what is not the model's `own` (weight files, index) into files to carry over and files to leave out."""
     sidecars: list[FileStat] = []
     left_out: list[LeftOut] = []
-    own_index = {INDEX} if "" not in weight_map else set()
+    tops = [path.split("/", 1)[0] for path in unreadable]
+    folders: dict[str, list[int]] = {top: [] for top in tops if top in _LEFT_OUT_FOLDERS}
     for path, entry in found.items():
-        if path in weights or path in own_index or path in (MANIFEST, JOURNAL):
+        if path in own or path in (MANIFEST, JOURNAL):
             continue
         folder = path.split("/", 1)[0] if "/" in path else ""
         why = ""
         if folder in _LEFT_OUT_FOLDERS:
-            why = _LEFT_OUT_FOLDERS[folder]
-        elif path.endswith(".safetensors"):
+            folders.setdefault(folder, []).append(entry.nbytes)
+            continue
+        if path.endswith(".safetensors"):
             why = "safetensors that no index names"
         elif path.endswith(_OTHER_INDEXES):
             why = "index of other weight files"
@@ -329,4 +398,7 @@ def _others(
             left_out.append(LeftOut(path, entry.nbytes, why))
         else:
             sidecars.append(entry)
+    for folder, sizes in folders.items():
+        files = f"{len(sizes):,} file{'s' * (len(sizes) != 1)}"
+        left_out.append(LeftOut(f"{folder}/", sum(sizes), f"{_LEFT_OUT_FOLDERS[folder]}, {files}"))
     return sidecars, left_out

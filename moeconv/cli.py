@@ -6,6 +6,7 @@ Exit codes: 0 done or already up to date, 1 cannot, 2 the command line is wrong,
 from __future__ import annotations
 
 import gc
+import io
 import os
 import signal
 import sys
@@ -444,10 +445,20 @@ def _interrupt(*_: object) -> NoReturn:
 def main() -> None:
     """Entry point of the console script."""
     signal.signal(signal.SIGTERM, _interrupt)
+    _complete_streams()
     gc.disable()  # a short life with many small objects and no cycles: collecting only costs
     code = _guarded(lambda: _flushed(app))
     sys.stderr.flush()
     os._exit(code)  # everything is closed and flushed: taking the interpreter apart would only cost time
+
+
+def _complete_streams() -> None:
+    """Give closed streams a place to write to, and take their numbers: a weight file must not become number 2."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.open(os.devnull, os.O_RDWR), "w"), errors="replace"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that are not UTF-8; in JSON these are escapes
 
 
 def _guarded(run: Callable[[], None]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from moeconv.recipe import Recipe
 from moeconv.recipe_file import shipped_folder
 from moeconv.yamldoc import Yaml, nearest, read_yaml
 
-_KEYS = ("engine", "layout", "model_types", "reads", "why")
+_KEYS = ("engine", "layout", "formats", "model_types", "reads", "why")
 
 
 class Reading(NamedTuple):
@@ -24,6 +24,7 @@ class Reading(NamedTuple):
 class _Entry(NamedTuple):
     engine: str
     layout: str
+    formats: frozenset[str]
     model_types: frozenset[str]
     reads: str
     why: str
@@ -44,7 +45,8 @@ def _entry(item: Yaml) -> _Entry:
             raise key.error(f"unknown key {key.text()!r}", nearest(key.text(), _KEYS))
         values[key.text()] = value
     return _Entry(
-        values["engine"].text(), values["layout"].text(), frozenset(values["model_types"].texts()),
+        values["engine"].text(), values["layout"].text() if "layout" in values else "",
+        frozenset(values["formats"].texts() if "formats" in values else ()), frozenset(values["model_types"].texts()),
         values["reads"].text(), values["why"].text(),
     )  # fmt: skip
 
@@ -74,4 +76,25 @@ def readings(recipe: Recipe, config: Mapping[str, Any], layout: str) -> tuple[Re
             None,
         )
         result.append(Reading(engine, entry.reads, entry.why) if entry else Reading(engine, "unknown", "not tried"))
+    return tuple(result)
+
+
+def format_readings(config: Mapping[str, Any], formats: Collection[str]) -> tuple[Reading, ...]:
+    """What each known engine makes of a family's checkpoint quantized in these formats: the worst of them."""
+    engines, table = _entries()
+    model_type = model_type_of(config)
+    result = []
+    for engine in engines:
+        found = [
+            next(
+                (
+                    Reading(engine, entry.reads, entry.why)
+                    for entry in table
+                    if entry.engine == engine.split()[0] and name in entry.formats and model_type in entry.model_types
+                ),
+                Reading(engine, "unknown", "not tried"),
+            )
+            for name in formats
+        ]
+        result.append(min(found, key=lambda reading: ("no", "unknown", "yes").index(reading.reads)))
     return tuple(result)

@@ -217,7 +217,7 @@ class Files:
     def walk(self, folder: Path) -> Iterator[tuple[str, FileStat | None]]:
         """Every path below `folder` in natural order of folders; None where it is not a readable regular file.
 
-        Links to files count as files. Links to folders are not entered.
+        Links to files count as files. Links to folders are not entered; they are None, as are folders that cannot be.
         """
         pending = [""]
         while pending:
@@ -225,7 +225,10 @@ class Files:
             try:
                 entries = sorted(os.scandir(folder / below), key=lambda entry: entry.name)
             except OSError as error:
-                _fail_reading(error, folder / below)
+                if not below:
+                    _fail_reading(error, folder)
+                yield below.rstrip("/"), None
+                continue
             for entry in entries:
                 path = below + entry.name
                 if entry.is_dir(follow_symlinks=False):
@@ -244,6 +247,9 @@ class Files:
     def exists(self, path: Path) -> bool:
         """Whether anything has that name, a dangling link included."""
         return os.path.lexists(path)
+
+    def is_link(self, path: Path) -> bool:
+        return os.path.islink(path)
 
     def is_folder(self, path: Path) -> bool:
         return os.path.isdir(path)
@@ -303,6 +309,16 @@ class Files:
             return WriteFile(path, os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0)))
         except OSError as error:
             _fail_writing(error, path)
+
+    def copy_mode(self, source: Path, target: Path) -> None:
+        """Give a file the permission bits of another, where the file system has such."""
+        try:
+            wanted, found = (stat.S_IMODE(os.stat(path).st_mode) & 0o777 for path in (source, target))
+            if wanted != found:
+                os.chmod(target, wanted)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                _fail_writing(error, target)
 
     def rename(self, source: Path, target: Path) -> None:
         """Rename a file or folder; `target` must not exist unless it is a file."""

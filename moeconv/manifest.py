@@ -54,7 +54,8 @@ def build_manifest(plan: Plan, command: Sequence[str]) -> bytes:
         ],
         "history": _history(source.manifest),
     }
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    # Python has bytes of names that are not UTF-8 as half characters; they become escapes, which stay JSON.
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def _history(manifest: Mapping[str, Any]) -> list[Any]:

@@ -206,7 +206,7 @@ def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | Non
     readers = readings(recipe, source.config, layout)
     return Plan(
         source, recipe, layout, options, tuple(changes), kept, found.rest, files, index, tasks, memory, readers,
-        tuple(_warnings(source, changes, readers)), fingerprint_of(source, recipe, layout, options),
+        (*source_warnings(source, changes), *reader_warnings(readers)), fingerprint_of(source, recipe, layout, options),
     )  # fmt: skip
 
 
@@ -368,12 +368,11 @@ def source_warnings(source: Checkpoint, changes: Sequence[Change]) -> list[str]:
     return lines
 
 
-def _warnings(source: Checkpoint, changes: Sequence[Change], readers: Sequence[Reading]) -> list[str]:
-    lines = source_warnings(source, changes)
-    lines += [
+def reader_warnings(readers: Sequence[Reading]) -> list[str]:
+    """Engines that are known not to read the result."""
+    return [
         f"{reading.engine} does not read this result: {reading.why}" for reading in readers if reading.reads == "no"
     ]
-    return lines
 
 
 def fingerprint_of(source: Checkpoint, recipe: Recipe, layout: str, options: Options) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from moeconv.checkpoint import Checkpoint, Encoded
 from moeconv.encoded import decoded_view
+from moeconv.engines import format_readings
 from moeconv.errors import PlanError, Problem, UsageError
 from moeconv.formats import FLOATS, Format
 from moeconv.layouts import Unit, find_units
@@ -32,6 +33,7 @@ from moeconv.plan import (
     default_jobs,
     fingerprint_of,
     place_specs,
+    reader_warnings,
     source_warnings,
 )
 from moeconv.recipe import Recipe
@@ -111,10 +113,12 @@ class _Planner:
         tasks = tasks_of(steps, [file.path for file in files])
         config = self._config(values)
         layout = "experts" if changes or not self.quantizes else self._layout(kept)
-        warnings = [*source_warnings(self.stored, changes), *self._warnings(values)]
+        formats = sorted({value.format.name for value in values if value.format})
+        readers = format_readings(self.stored.config, formats) if formats else ()
+        warnings = [*source_warnings(self.stored, changes), *self._warnings(values), *reader_warnings(readers)]
         return Plan(
             self.source, self.recipe, layout, self.options, tuple(changes), tuple(kept), found.rest, files, index,
-            tasks, self._memory(steps, len(files) and sum(len(file.specs) for file in files), len(tasks)), (),
+            tasks, self._memory(steps, sum(len(file.specs) for file in files), len(tasks)), readers,
             tuple(warnings), self._fingerprint(), self.scheme, tuple(values), config,
         )  # fmt: skip
 

@@ -5,8 +5,11 @@
                                                    then one for each batch
 
 A journal line follows the data it speaks of: with fsync on, tasks are journalled only after their bytes
-are durable. At the end everything is synced, the folder gets its name in one rename, and the journal goes.
+are durable. Each line says whether they are, and in which boot it was written: a run may go on with other options
+than it began with. At the end everything is synced, the folder gets its name in one rename, and the journal goes.
 A run that finds a journal of the same plan goes on where that one stopped.
+
+    DST.replaced    with --overwrite, the finished folder of before, for as long as the new one takes to get its name
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moeconv.checkpoint import CONFIG, JOURNAL, MANIFEST, MAX_INDEX_BYTES
+from moeconv.checkpoint import CONFIG, JOURNAL, MANIFEST, MAX_INDEX_BYTES, read_manifest
 from moeconv.errors import CheckpointError, OutputError
 from moeconv.explain import disk_of, size
 from moeconv.files import Files, WriteFile
@@ -35,7 +38,7 @@ def finished_fingerprint(destination: Path, files: Files) -> str | None:
     if not files.exists(path):
         return None
     try:
-        manifest = read_json(files.read_bytes(path, MAX_INDEX_BYTES))
+        manifest = read_manifest(files.read_bytes(path, MAX_INDEX_BYTES))
     except (HeaderError, CheckpointError):
         return None
     value = manifest.get("fingerprint") if isinstance(manifest, dict) else None
@@ -43,19 +46,41 @@ def finished_fingerprint(destination: Path, files: Files) -> str | None:
 
 
 def check_destination(source: Path, destination: Path) -> None:
-    """Refuse a destination that is, holds, or lies in the source.
+    """Refuse a destination that is, holds, or lies in the source, and one that is a link.
 
     Raises:
         OutputError: such a destination.
     """
-    source, resolved = (Path(os.path.realpath(path)) for path in (source, destination))  # also of a circle of links
-    if resolved == source or source in resolved.parents or resolved in source.parents:
-        raise OutputError(
-            f"the destination {destination} and the source {source} lie in one another",
-            "Choose a destination outside the source folder.",
-        )
+    source = Path(os.path.realpath(source))
+    _check_apart(source, destination, f"the destination {destination}")
     if destination.name in ("", ".."):
         raise OutputError(f"the destination {destination} is no name for a new folder", "Write the folder's name.")
+    for path in (partial_of(destination), replaced_of(destination)):
+        _check_apart(source, path, f"{path}, which a run to {destination} makes anew,")
+    for path in (destination, partial_of(destination), replaced_of(destination)):
+        if os.path.islink(path):
+            raise OutputError(
+                f"{path} is a symbolic link, and moeconv makes folders under their own names",
+                "Give the folder that the link leads to as the destination, or remove the link.",
+            )
+
+
+def _check_apart(source: Path, path: Path, what: str) -> None:
+    resolved = Path(os.path.realpath(path))  # also of a circle of links
+    if resolved == source or source in resolved.parents or resolved in source.parents:
+        raise OutputError(
+            f"{what} and the source {source} lie in one another", "Choose a destination outside the source folder."
+        )
+
+
+def partial_of(destination: Path) -> Path:
+    """Where a run works until the destination is complete."""
+    return destination.with_name(destination.name + ".partial")
+
+
+def replaced_of(destination: Path) -> Path:
+    """Where a run puts the folder that it replaces."""
+    return destination.with_name(destination.name + ".replaced")
 
 
 class Writer:
@@ -72,7 +97,8 @@ class Writer:
     def __init__(self, plan: Plan, destination: Path, files: Files, *, fsync: bool, overwrite: bool) -> None:
         self.plan = plan
         self.destination = destination
-        self.partial = destination.with_name(destination.name + ".partial")
+        self.partial = partial_of(destination)
+        self.replaced = replaced_of(destination)
         self.files = files
         self.fsync = fsync
         self.overwrite = overwrite
@@ -90,15 +116,15 @@ class Writer:
             return False
         made_by = finished_fingerprint(self.destination, self.files)
         if made_by == self.plan.fingerprint:
-            if self.files.exists(self.destination / JOURNAL):  # that run died behind its last rename
-                self.files.remove_file(self.destination / JOURNAL)
-            damaged = [file.path for file in self.plan.files if not self._is_intact(file, self.destination)]
-            if damaged and not self.overwrite:
+            damaged = self._damaged()
+            if damaged is None:
+                self._clear_up()
+            elif not self.overwrite:
                 raise OutputError(
-                    f"{self.destination / damaged[0]} is missing or was changed since moeconv made it",
+                    f"{self.destination / damaged} is missing or was changed since moeconv made it",
                     "Make the folder anew with --overwrite.",
                 )
-            return not damaged
+            return damaged is None
         if made_by is None:
             raise OutputError(
                 f"{self.destination} exists and moeconv did not make it",
@@ -111,9 +137,58 @@ class Writer:
             )
         return False
 
+    def _damaged(self) -> str | None:
+        """The first file of the finished folder that is not as this plan makes it, as far as a look can tell."""
+        index = index_path(self.plan)
+        contents = {index: self.plan.index} if index else {}
+        for entry in self.plan.source.sidecars:
+            if entry.path == CONFIG and self.plan.config is not None:
+                contents[CONFIG] = self.plan.config
+            elif not self._has(self.destination / entry.path, entry.nbytes):
+                return entry.path
+        for path, content in contents.items():
+            is_sized = self._has(self.destination / path, len(content))
+            if not is_sized or self.files.read_bytes(self.destination / path, len(content)) != content:
+                return path
+        return next((file.path for file in self.plan.files if not self._is_intact(file, self.destination)), None)
+
+    def _has(self, path: Path, nbytes: int) -> bool:
+        """Whether a regular file of that size is there."""
+        try:
+            return self.files.stat(path).nbytes == nbytes
+        except CheckpointError:
+            return False
+
+    def _clear_up(self) -> None:
+        """Remove what a run left that died behind its last rename; nothing of one that is still alive."""
+        path = self.destination / JOURNAL
+        if not self.files.exists(path):
+            return
+        journal = self.files.open_write(path)
+        try:
+            if journal.lock():
+                if self.files.exists(self.replaced) and self._is_own(self.replaced):
+                    self._discard(self.replaced, MANIFEST)
+                self.files.remove_file(path)
+        finally:
+            journal.close()
+
+    def _is_own(self, replaced: Path) -> bool:
+        """Whether moeconv made that folder, or left it empty when it died while removing it."""
+        if finished_fingerprint(replaced, self.files) is not None:
+            return True
+        return self.files.is_folder(replaced) and not any(True for _ in self.files.walk(replaced))
+
+    def _check_replaced(self) -> None:
+        if self.files.exists(self.replaced) and not self._is_own(self.replaced):
+            raise OutputError(
+                f"{self.replaced} exists and moeconv did not make it; --overwrite needs that name",
+                "Rename it, remove it yourself, or choose another destination.",
+            )
+
     def _difference(self) -> str:
         """Which of the things that make a plan differs from the finished folder's."""
-        manifest: dict[str, Any] = read_json(self.files.read_bytes(self.destination / MANIFEST, MAX_INDEX_BYTES))
+        manifest: dict[str, Any] = read_manifest(self.files.read_bytes(self.destination / MANIFEST, MAX_INDEX_BYTES))
         source, recipe, tool = (
             value if isinstance(value := manifest.get(key), dict) else {} for key in ("source", "recipe", "tool")
         )
@@ -141,24 +216,25 @@ class Writer:
             Ids of the tasks that are done already.
 
         Raises:
-            OutputError: no space, another run at work, or the rest of another plan.
+            OutputError: no space, another run at work, the rest of another plan, or a name that is taken.
         """
+        self._check_replaced()
         done: frozenset[str] = frozenset()
         if self.files.exists(self.partial):
             done = self._take_over()
             if not done:
-                self._discard()
+                self._discard(self.partial, JOURNAL)
         if not done:
             self._check_space()
             self._create()
         return done
 
-    def _discard(self) -> None:
-        """Remove `DST.partial`, its journal last: without one it would count as somebody else's folder."""
-        for path, _ in list(self.files.walk(self.partial)):
-            if path != JOURNAL:
-                self.files.remove_file(self.partial / path)
-        self.files.remove_tree(self.partial)
+    def _discard(self, folder: Path, last: str) -> None:
+        """Remove a folder of ours, the file `last` at the end: without it, it would count as somebody else's."""
+        for path, _ in list(self.files.walk(folder)):
+            if path != last:
+                self.files.remove_file(folder / path)
+        self.files.remove_tree(folder)
 
     def _check_space(self) -> None:
         disk = disk_of(self.plan, self.destination, self.files)
@@ -170,7 +246,10 @@ class Writer:
             )
 
     def _create(self) -> None:
+        new = [folder for folder in self.partial.parents if not self.files.exists(folder)]
         self.files.make_folder(self.partial)
+        for folder in new if self.fsync else ():
+            self.files.sync_folder(folder.parent)
         self._journal = self.files.create(self.partial / JOURNAL, 0)
         self._lock()
         for target in self.plan.files:
@@ -209,19 +288,18 @@ class Writer:
                 "Finish that one with its own command, or discard it with --overwrite.",
             )
         usable = (
-            head.get("fingerprint") == self.plan.fingerprint
-            and (
-                head.get("fsync") or head.get("boot") == self.files.boot_id() != ""
-            )  # unsynced data dies with the kernel
+            done
+            and head.get("fingerprint") == self.plan.fingerprint
             and all(self._is_intact(target, self.partial) for target in self.plan.files)
         )
-        if usable and done:
+        if usable:
             return done
         self.close()
         return frozenset()
 
     def _read_journal(self, path: Path) -> tuple[dict[str, Any], frozenset[str]]:
-        """First line and finished tasks. From a damaged line on nothing counts, and is written over."""
+        """First line, and the tasks whose data is there. From a damaged line on nothing counts, and is written over."""
+        boot = self.files.boot_id()
         head: dict[str, Any] = {}
         done: set[str] = set()
         self._journal_nbytes = 0
@@ -234,7 +312,8 @@ class Writer:
             if not line.endswith(b"\n") or not isinstance(ids, list) or not all(isinstance(id_, str) for id_ in ids):
                 break
             head = head or entry
-            done.update(ids)
+            if entry.get("fsync") is True or entry.get("boot") == boot != "":  # unsynced data dies with the kernel
+                done.update(ids)
             self._journal_nbytes += len(line)
         return head, frozenset(done)
 
@@ -272,8 +351,9 @@ class Writer:
                 finally:
                     file.close()
         if not self._journal_nbytes:
-            self._append({"fingerprint": self.plan.fingerprint, "fsync": self.fsync, "boot": self.files.boot_id()})
-        self._append({"done": [task.id for task in tasks]})
+            self._append({"fingerprint": self.plan.fingerprint})
+        done = [task.id for task in tasks]
+        self._append({"done": done, "fsync": self.fsync, "boot": self.files.boot_id()})
 
     def finish(self, manifest: bytes) -> None:
         """Write all other files, make everything durable, and give the folder its name."""
@@ -289,15 +369,17 @@ class Writer:
         self._write_file(self.partial / MANIFEST, manifest)
         if self.fsync:
             self._sync_everything()
+        for entry in source.sidecars:  # only now: a file that may not be written could not be opened to be synced
+            self.files.copy_mode(source.root / entry.path, self.partial / entry.path)
         self._publish()
-        self.close()
         self.files.remove_file(self.destination / JOURNAL)
+        self.close()
 
     def _sync_everything(self) -> None:
         """Data, then the folders that name it. The journal may have synced some files; that costs nothing twice."""
         folders = {self.partial}
         for path, entry in self.files.walk(self.partial):
-            folders.add((self.partial / path).parent)
+            folders.update(self.partial / parent for parent in Path(path).parents)
             if entry is not None:
                 file = self.files.open_write(self.partial / path)
                 try:
@@ -308,18 +390,17 @@ class Writer:
             self.files.sync_folder(folder)
 
     def _publish(self) -> None:
-        replaced: Path | None = None
+        self._check_replaced()
         if self.files.exists(self.destination):
             self.is_finished()  # raises if it is one that appeared during the run, and not ours to replace
-            replaced = self.destination.with_name(self.destination.name + ".replaced")
-            if self.files.exists(replaced):
-                raise OutputError(f"{replaced} exists", "Remove it: it is what an earlier --overwrite put aside.")
-            self.files.rename(self.destination, replaced)
+            if self.files.exists(self.replaced):
+                self._discard(self.replaced, MANIFEST)
+            self.files.rename(self.destination, self.replaced)
         self.files.rename(self.partial, self.destination)
         if self.fsync:
             self.files.sync_folder(self.destination.resolve().parent)
-        if replaced is not None:
-            self.files.remove_tree(replaced)
+        if self.files.exists(self.replaced):  # or of a run that died between its two renames
+            self._discard(self.replaced, MANIFEST)
 
     def _copy_file(self, source: Path, target: Path, nbytes: int) -> None:
         self.files.make_folder(target.parent)

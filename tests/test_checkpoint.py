@@ -206,6 +206,43 @@ def test_a_named_pipe_is_refused_and_not_waited_for(source: Path) -> None:
     assert f"{source / 'pipe.json'} cannot be read or is no regular file" in message
 
 
+@pytest.mark.parametrize("name", ["code", "code/inner"])
+def test_a_link_to_a_folder_is_refused_as_what_it_is(source: Path, name: str) -> None:
+    (source / name).parent.mkdir(exist_ok=True)
+    (source.parent / "elsewhere").mkdir()
+    (source / name).symlink_to(source.parent / "elsewhere")
+    message = refused_source(source)
+    assert f"{source / name} is a link to a folder, and moeconv does not follow those\n  -> Put the folder" in message
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 4997582480\n"
+
+
+@pytest.mark.parametrize("name", [SECOND, "tokenizer.model", "code/x.py", "config.json", INDEX])
+def test_a_pointer_of_git_lfs_is_refused(source: Path, name: str) -> None:
+    (source / "code").mkdir()
+    (source / name).write_text(POINTER)
+    message = refused_source(source)
+    assert f"{source / name} is a Git LFS pointer; the file itself was not downloaded\n" in message
+    assert f"-> Run `git lfs pull` in {source}." in message
+    assert message.count("Git LFS pointer") == 1
+    assert "header" not in message
+
+
+def test_a_pointer_of_git_lfs_that_is_left_out_does_no_harm(source: Path) -> None:
+    (source / "pytorch_model.bin").write_text(POINTER)
+    assert "left out: pytorch_model.bin" in succeeds("pack", source, source.parent / "target").err
+
+
+@pytest.mark.parametrize("command", ["pack", "inspect", "verify"])
+def test_an_unfinished_run_is_no_source(source: Path, command: str) -> None:
+    (source / ".moeconv-journal").write_text("")
+    arguments = [source, source.parent / "target"] if command == "pack" else [source]
+    message = refused(command, *arguments, within=source.parent)
+    assert f"{source} is an unfinished run of moeconv" in message
+    assert "Finish it with the command that began it" in message
+
+
 def test_one_weight_file_is_found_by_any_name(tmp_path: Path, tensors: Tensors) -> None:
     source = write_folder(tmp_path / "source", tensors, CONFIG, 0)
     (source / "model.safetensors").rename(source / "weights.safetensors")
@@ -216,13 +253,13 @@ def test_one_weight_file_is_found_by_any_name(tmp_path: Path, tensors: Tensors) 
 # What lies beside the weights
 
 
-STRAYS = ["consolidated.safetensors", "mtp.safetensors", "pytorch_model.bin", "original/x.pth", "model.gguf"]
+STRAYS = ["consolidated.safetensors", "mtp.safetensors", "pytorch_model.bin", "original/", "model.gguf"]
 
 
 def with_strays(source: Path) -> Path:
     (source / "original").mkdir()
     for name in STRAYS:
-        (source / name).write_bytes(b"weights of another kind")
+        (source / name.replace("/", "/x.pth")).write_bytes(b"weights of another kind")
     write_file(source / "mtp.safetensors", {f"mtp.{name}": item for name, item in experts_layout(layers=1).items()})
     return source
 
@@ -238,6 +275,37 @@ def test_stray_weight_files_are_named_and_left_out(source: Path, tensors: Tensor
         assert f"left out: {name} " in result.err
         assert name in [item["path"] for item in manifest["source"]["left_out"]]
         assert name in [item["path"] for item in planned["left_out"]]
+
+
+def test_a_folder_that_is_left_out_is_named_once_and_may_hold_anything(source: Path) -> None:
+    for name in (".cache/huggingface/download", ".git/objects", "original"):
+        (source / name).mkdir(parents=True)
+        (source / name / "a").write_bytes(b"12345")
+        (source / name / "b").write_bytes(b"12345")
+        (source / name / "dangling").symlink_to("absent")
+        (source / name / "folder").symlink_to("..")
+    os.mkfifo(source / ".git" / "pipe")
+    result = succeeds("pack", source, source.parent / "target")
+    assert sorted(result.err.splitlines()) == [
+        "moeconv: warning: left out: .cache/ (10 bytes): download cache, 2 files",
+        "moeconv: warning: left out: .git/ (10 bytes): version control, 2 files",
+        "moeconv: warning: left out: original/ (10 bytes): the publisher's own format, 2 files",
+    ]
+    assert tree(source.parent / "target").keys() == {"config.json", "model.safetensors", "moeconv.json"}
+
+
+def test_a_link_in_place_of_a_folder_that_is_left_out_is_named_too(source: Path) -> None:
+    (source / "original").symlink_to("..")
+    result = succeeds("pack", source, source.parent / "target")
+    assert result.err == "moeconv: warning: left out: original/ (0 bytes): the publisher's own format, 0 files\n"
+
+
+def test_the_only_index_is_not_called_one_of_other_weights(source: Path, tensors: Tensors) -> None:
+    (source / INDEX).rename(source / "weights.safetensors.index.json")
+    result = succeeds("pack", source, source.parent / "target")
+    assert result.err == ""
+    assert tree(source.parent / "target").keys() == {"config.json", "model.safetensors", "moeconv.json"}
+    assert read_folder(source.parent / "target") == pack_by_hand(tensors)
 
 
 def test_an_included_file_is_converted_too(source: Path, tensors: Tensors) -> None:

@@ -317,6 +317,46 @@ def test_output_that_cannot_be_written_is_an_error(source: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def shell(line: str, within: Path) -> subprocess.CompletedProcess[str]:
+    line = line.replace("moeconv", f"{sys.executable} -m moeconv")
+    return subprocess.run(["sh", "-c", line], cwd=within, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&-", "<&- >&- 2>&-"])
+def test_closed_streams_change_nothing_but_what_is_seen(source: Path, closed: str) -> None:
+    (source / "model.gguf").write_text("")
+    done = shell(f"moeconv pack source target {closed}", source.parent)
+    assert done.returncode == 0
+    assert ("30 tensors -> 10" in done.stdout) == (">&-" not in closed.replace("2>&-", ""))
+    assert done.stderr == "" if "2>&-" in closed else done.stderr.startswith("moeconv: warning: left out: model.gguf")
+    assert read_folder(source.parent / "target") == pack_by_hand(experts_layout())
+    refusal = shell(f"moeconv pack absent other {closed}", source.parent)
+    assert (refusal.returncode, refusal.stdout) == (1, "")
+    assert refusal.stderr == "" if "2>&-" in closed else refusal.stderr.startswith("moeconv: absent is not a folder")
+
+
+def test_names_that_are_not_utf_8_are_no_reason_for_a_traceback(source: Path) -> None:
+    try:
+        (source / os.fsdecode(b"a\xff.bin")).write_bytes(b"")
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    odd = source.rename(source.parent / os.fsdecode(b"n\xff"))
+    middle, target = source.parent / os.fsdecode(b"m\xfe"), source.parent / "target"
+    for arguments in (["inspect", odd], ["plan", "pack", odd], ["pack", odd, middle], ["unpack", middle, target]):
+        for option in ([], ["--json"]):
+            done = process(*arguments, *option)
+            assert done.returncode == 0, done
+            assert not option or json.loads(done.stdout)["schema_version"] == 1
+    assert process("pack", odd, middle).stdout == f"{source.parent}/m\\udcfe: already up to date\n"
+    manifest = json.loads((middle / "moeconv.json").read_text())
+    assert manifest["source"]["path"] == str(odd)
+    assert manifest["source"]["left_out"][0]["path"] == os.fsdecode(b"a\xff.bin")
+    history = json.loads((target / "moeconv.json").read_text())["history"]
+    assert history[0]["source"] == manifest["source"]
+    done = process("pack", odd / "absent", target)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+
+
 def test_neither_torch_nor_transformers_is_imported(source: Path) -> None:
     """Nor anything else that is heavy: a conversion starts at once."""
     code = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -63,11 +63,10 @@ FINE_GRAINED = [Choice("fp8", {}), Choice("fp8", {"ue8m0": True})]
 PACKED = [
     Choice("w4a16", {}), Choice("w4a16", {"group_size": 32}, 32), Choice("w4a16", {"group_size": 12}, 12),
     Choice("w8a16", {}), Choice("w8a16", {"group_size": 6}, 6),
-    Choice("w4a16_asym", {}), Choice("w4a16_asym", {"group_size": 32}, 32),
-    Choice("w4a16_asym", {"group_size": 12}, 12),
+    Choice("w4a16_asym", {}), Choice("w4a16_asym", {"group_size": 12}, 12),
 ]  # fmt: skip
 COMPRESSED = [Choice("fp8_dynamic", {}), Choice("fp8_block", {}), Choice("w8a8", {}), *PACKED]
-SEARCHED = [Choice(name, {**options, "search": "mse"}, columns) for name, options, columns in PACKED]
+SEARCHED = [Choice(name, {"search": "mse"}) for name in ("w4a16", "w8a16", "w4a16_asym")]
 EVERY = [*FINE_GRAINED, *COMPRESSED, *SEARCHED]
 
 of_fine_grained = pytest.mark.parametrize("choice", FINE_GRAINED, ids=str)
@@ -79,12 +78,21 @@ of_dtypes = pytest.mark.parametrize("dtype", FLOATS)
 def shapes_of(choice: Choice) -> list[tuple[int, int]]:
     """Square, tall, wide and odd shapes, as far as the format has them."""
     if choice.name == "fp8":
-        return [(128, 128), (256, 256), (640, 128), (128, 768)]
+        return [(128, 128), (256, 256), (384, 128), (128, 384)]
     if choice.name in ("fp8_dynamic", "fp8_block", "w8a8"):
-        return [(1, 1), (1, 300), (3, 129), (127, 128), (129, 127), (256, 256), (576, 130)]
+        return [(1, 1), (1, 300), (3, 129), (127, 128), (129, 127), (128, 128), (576, 130)]
     size = choice.columns
-    return [(1, size), (1, 6 * size), (3, 3 * size), (127, size), (129, 2 * size), (256, 256 // size * size),
+    return [(1, size), (1, 6 * size), (3, 3 * size), (127, size), (129, 2 * size), (128, 128 // size * size),
             (576, size)]  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other at every small step take several times as long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def gaussian(shape: tuple[int, int], seed: int) -> Tensor:
@@ -184,7 +192,7 @@ def test_fp8_is_that_of_transformers(choice: Choice, dtype: str) -> None:
 def test_every_power_of_two_that_a_scale_can_be_is_exact() -> None:
     """The largest magnitude of block j is 448 * 2^j, or the float above or below it: rounding up is decided there."""
     exponents = torch.arange(-126, 119)
-    edges = torch.ldexp(torch.tensor(448.0), exponents)
+    edges = 448.0 * torch.exp2(exponents.double()).float()
     for amax in (edges, edges.nextafter(torch.tensor(0.0)), edges.nextafter(torch.tensor(torch.inf))):
         matrix = torch.zeros(128, 128 * len(exponents))
         matrix[5, 7::128] = amax
@@ -342,8 +350,7 @@ def test_settings_of_fp8_are_a_config_of_transformers(choice: Choice) -> None:
 @of_dtypes
 def test_tiles_have_the_bytes_of_the_whole(choice: Choice, dtype: str) -> None:
     made = choice.make()
-    rows = (256, 384) if choice.name == "fp8" else (129, 300)
-    for count in rows:
+    for count in {"fp8": (256, 384), "fp8_block": (129, 300)}.get(choice.name, (19, 70)):
         shape = (count, 3 * choice.columns if choice.name != "fp8_block" else 300)
         # A tile's place in memory must not matter either, so tiles are views of the whole.
         matrix = sources(shape, dtype)["every magnitude"]
@@ -369,7 +376,8 @@ def test_tiles_have_the_bytes_of_the_whole(choice: Choice, dtype: str) -> None:
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_parts_are_what_encode_returns_whatever_the_values(choice: Choice, dtype: str, device: str) -> None:
     made = choice.make()
-    for shape in shapes_of(choice):
+    shapes = shapes_of(choice) if device == "cpu" else shapes_of(choice)[-1:]  # meta operations are slow
+    for shape in shapes:
         tile = gaussian(shape, 10).to(TORCH_DTYPES[dtype]).to(device)
         parts = made.parts(shape, dtype)
         with_rows = [part for part in parts if part.rows]
@@ -449,7 +457,7 @@ def test_live_bytes_stay_within_what_the_format_states(choice: Choice, dtype: st
 def test_a_searched_scale_is_never_worse(choice: Choice, dtype: str) -> None:
     searched = Choice(choice.name, {**choice.options, "search": "mse"}, choice.columns)
     lower = 0
-    for shape in shapes_of(choice):
+    for shape in shapes_of(choice)[:4]:
         for name, matrix in sources(shape, dtype).items():
             plain = choice.make().decode(encoded(choice, matrix, dtype), shape[1])
             best = choice.make().decode(encoded(searched, matrix, dtype), shape[1])
@@ -479,17 +487,14 @@ def test_the_search_lowers_the_error_of_int4_by_seven_percent(dtype: str) -> Non
 @of_every
 @of_dtypes
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("place", [(0, 0), (200, 130), (255, 383)])
-@pytest.mark.parametrize("base", [0.0, 0.02])
-def test_a_value_that_is_not_finite_shows_in_a_scale(
-    choice: Choice, dtype: str, value: float, place: tuple[int, int], base: float
-) -> None:
-    matrix = gaussian((256, 384), 13) * base
-    matrix[place] = value
-    scale = encoded(choice, matrix.to(TORCH_DTYPES[dtype]), dtype)
-    scales = scale.get("weight_scale_inv", scale.get("weight_scale"))
-    assert scales is not None
-    assert scales.isfinite().logical_not().sum() == 1
+def test_a_value_that_is_not_finite_shows_in_a_scale(choice: Choice, dtype: str, value: float) -> None:
+    """In one scale, which says where: among numbers and as the only one that is not zero."""
+    for place, others in (((0, 0), 0.02), ((130, 250), 0.02), ((130, 250), 0.0), ((255, 255), 0.0)):
+        matrix = gaussian((256, 256 // choice.columns * choice.columns), 13) * others
+        matrix[place[0], place[1] % matrix.shape[1]] = value
+        parts = encoded(choice, matrix.to(TORCH_DTYPES[dtype]), dtype)
+        scale = next(part for suffix, part in parts.items() if suffix.startswith("weight_scale"))
+        assert scale.isfinite().logical_not().sum() == 1, f"{place} among {others}"
 
 
 @of_every

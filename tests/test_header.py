@@ -88,7 +88,6 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, header: dict[str, Any] | 
 
 
 HTML = b"<!DOCTYPE html><html><body>404: not found</body></html>"
-LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 4976698672\n"
 NO_WEIGHTS = [
     pytest.param(b"", "0 bytes are no safetensors file", id="empty file"),
     pytest.param(b"1234567", "7 bytes are no safetensors file", id="seven bytes"),
@@ -98,7 +97,6 @@ NO_WEIGHTS = [
     pytest.param(struct.pack("<Q", 1 << 62) + b"{}", f"the header claims {1 << 62:,} bytes", id="header of 2^62 bytes"),
     pytest.param(struct.pack("<Q", 90_000_000) + b"{}", "90,000,000 bytes; the file has 10", id="header too long"),
     pytest.param(HTML, "the header claims", id="a web page"),
-    pytest.param(LFS_POINTER, "the header claims", id="a git-lfs pointer"),
 ]
 
 

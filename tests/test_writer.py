@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,27 @@ def test_a_destination_that_is_a_file_is_refused(source: Path, kind: str, option
         target.symlink_to(other)
         if kind == "link to a file":
             other.write_text("mine")
-    assert f"{target} exists and moeconv did not make it" in refused(
-        "pack", source, target, *option, within=source.parent
-    )
+    says = "exists and moeconv did not make it" if kind == "file" else "is a symbolic link"
+    assert f"{target} {says}" in refused("pack", source, target, *option, within=source.parent)
+
+
+@pytest.mark.parametrize("name", ["target", "target.partial", "target.replaced"])
+@pytest.mark.parametrize("option", [[], ["--overwrite"]], ids=["", "overwrite"])
+def test_a_destination_that_is_a_link_to_a_folder_is_refused(source: Path, name: str, option: list[str]) -> None:
+    succeeds("unpack", source, source.parent / "elsewhere")
+    (source.parent / name).symlink_to("elsewhere")
+    message = refused("pack", source, source.parent / "target", *option, within=source.parent)
+    assert f"{source.parent / name} is a symbolic link" in message
+
+
+@pytest.mark.parametrize("ending", [".partial", ".replaced"])
+@pytest.mark.parametrize("below", ["", "sub"])
+def test_a_source_where_a_run_would_work_is_refused(source: Path, ending: str, below: str) -> None:
+    taken = source.parent / f"target{ending}"
+    (taken / below).parent.mkdir(exist_ok=True)
+    source = source.rename(taken / below)
+    message = refused("pack", source, taken.with_name("target"), "--overwrite", within=taken.parent)
+    assert f"{taken}, which a run to {taken.with_name('target')} makes anew, and the source {source}" in message
 
 
 def test_a_destination_below_a_file_is_refused(source: Path) -> None:
@@ -127,10 +146,35 @@ def test_a_destination_with_too_long_a_name_is_refused(source: Path) -> None:
     assert "cannot be written: File name too long" in message
 
 
-def test_parents_of_the_destination_are_made(source: Path) -> None:
-    target = source.parent / "a" / "b" / "target"
-    convert(source, target)
+class SyncedFolders(Files):
+    """Notes which folders were synced after their last new name."""
+
+    def __init__(self) -> None:
+        self.synced: list[Path] = []
+
+    def sync_folder(self, path: Path) -> None:
+        self.synced.append(path)
+        super().sync_folder(path)
+
+
+@pytest.mark.parametrize("fsync", [True, False])
+def test_parents_of_the_destination_are_made_and_would_survive_a_power_loss(source: Path, fsync: bool) -> None:
+    (source / "code" / "deep" / "er").mkdir(parents=True)
+    (source / "code" / "deep" / "er" / "x.py").write_text("")
+    target, files = source.parent / "a" / "b" / "target", SyncedFolders()
+    convert(source, target, files, fsync=fsync)
     assert is_complete(source, target)
+    partial = target.with_name("target.partial")
+    inner = {partial, partial / "code", partial / "code" / "deep", partial / "code" / "deep" / "er"}
+    assert set(files.synced) == (({source.parent, source.parent / "a", target.parent} | inner) if fsync else set())
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o644, 0o600, 0o444])
+def test_other_files_keep_their_permissions(source: Path, mode: int) -> None:
+    (source / "run.sh").write_text("#!/bin/sh")
+    (source / "run.sh").chmod(mode)
+    convert(source, source.parent / "target")
+    assert (source.parent / "target" / "run.sh").stat().st_mode & 0o7777 == mode
 
 
 # A destination that exists
@@ -158,6 +202,41 @@ def test_a_finished_destination_that_somebody_damaged_is_not_up_to_date(source: 
     assert f"{path} is missing or was changed since moeconv made it\n  -> Make the folder anew" in message
     succeeds("pack", source, target, "--overwrite")
     assert weights_and_sidecars(target) == wanted
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "tokenizer.json", "code/modeling.py", "config.json"])
+@pytest.mark.parametrize("change", ["removed", "longer", "a folder"])
+def test_any_damaged_file_of_a_finished_destination_is_found(source: Path, name: str, change: str) -> None:
+    target = source.parent / "target"
+    convert(source, target)
+    (target / name).unlink()
+    if change == "longer":
+        (target / name).write_bytes(undisturbed(source)[name] + b" ")
+    elif change == "a folder":
+        (target / name).mkdir()
+    with pytest.raises(OutputError) as caught:
+        convert(source, target)
+    assert f"{target / name} is missing or was changed since moeconv made it" in str(caught.value)
+    convert(source, target, overwrite=True)
+    assert is_complete(source, target)
+
+
+def test_an_index_of_the_same_size_with_other_content_is_found(source: Path) -> None:
+    target = source.parent / "target"
+    convert(source, target)
+    index = target / "model.safetensors.index.json"
+    index.write_bytes(index.read_bytes().replace(b"3520", b"3521"))
+    with pytest.raises(OutputError, match="was changed since moeconv made it"):
+        convert(source, target)
+
+
+def test_a_config_that_the_plan_changes_is_what_a_finished_destination_must_hold(source: Path) -> None:
+    target, made = source.parent / "target", replace(make_plan(source), config=b'{"changed": 1}')
+    assert execute(made, target, ["test"]).is_new
+    assert not execute(made, target, ["test"]).is_new
+    (target / "config.json").write_bytes(b'{"changed": 2}')
+    with pytest.raises(OutputError, match="was changed since moeconv made it"):
+        execute(made, target, ["test"])
 
 
 def touched(source: Path) -> None:
@@ -345,9 +424,43 @@ def test_an_overwrite_that_dies_anywhere_leaves_the_old_or_the_new_folder(source
             assert old in [weights_and_sidecars(path) for path in survivors] or is_right(source, target), number
         convert(source, target, overwrite=True)
         assert is_complete(source, target), number
-        # What was replaced may stay behind, under a name that says what it is.
-        assert {path.name for path in source.parent.glob(f"{target.name}.*")} <= {f"{target.name}.replaced"}
+        assert not list(source.parent.glob(f"{target.name}.*")), number
     assert deaths >= 12
+
+
+def test_what_a_dead_run_had_replaced_is_removed_by_the_next(source: Path) -> None:
+    target, replaced = source.parent / "target", source.parent / "target.replaced"
+    succeeds("unpack", source, target)
+    with pytest.raises(Killed):
+        convert(source, target, DyingFiles(2, {"rename"}), overwrite=True)
+    assert replaced.is_dir()
+    assert not target.exists()
+    shutil.copytree(replaced, source.parent / "kept")
+    convert(source, target)
+    assert is_complete(source, target)
+    assert not replaced.exists()
+    (source.parent / "kept").rename(replaced)
+    for name in ("packed", "experts"):
+        made = plan(open_checkpoint(source), RECIPE, name, Options())
+        execute(made, target, ["test"], overwrite=True)
+    assert not replaced.exists()
+
+
+@pytest.mark.parametrize("content", [None, {"notes.txt": "mine"}, {MANIFEST: "{}"}], ids=str)
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_replaced_folder_that_moeconv_did_not_make_is_refused_at_the_start(
+    source: Path, content: dict[str, str] | None, is_there: bool
+) -> None:
+    target, replaced = source.parent / "target", source.parent / "target.replaced"
+    if is_there:
+        succeeds("unpack", source, target)
+    if content is None:
+        replaced.write_text("mine")
+    for name, text in (content or {}).items():
+        replaced.mkdir()
+        (replaced / name).write_text(text)
+    message = refused("pack", source, target, "--overwrite", within=source.parent)
+    assert f"{replaced} exists and moeconv did not make it" in message
 
 
 @pytest.mark.parametrize("kept", [0, 1], ids=["nothing unsynced survives", "headers survive"])
@@ -395,6 +508,32 @@ def test_without_fsync_nothing_is_resumed_after_a_restart_of_the_machine(source:
         resumed.append(convert(source, target, Booted(name), fsync=False).resumed_nbytes)
         assert is_complete(source, target)
     assert resumed == [3520, 0]
+
+
+def test_what_a_run_without_fsync_did_is_not_trusted_beneath_an_older_line_with_fsync(source: Path) -> None:
+    class Rebooted(Files):
+        def boot_id(self) -> str:
+            return "after the power loss"
+
+    target, options = source.parent / "target", Options(max_shard_nbytes=1500, jobs=1)
+
+    def run(files: Files, fsync: bool) -> Outcome:
+        made = plan(open_checkpoint(source), RECIPE, "packed", options)
+        return execute(made, target, ["test"], files=files, fsync=fsync)
+
+    with pytest.raises(OutputError):
+        run(FailingFiles("write", 13), True)  # after the first of the four files
+    without = PowerLossFiles(1)
+    without.kinds = {"rename"}
+    with pytest.raises(Killed):
+        run(without, False)
+    journal = (target.with_name("target.partial") / JOURNAL).read_text().splitlines()
+    assert [json.loads(line).get("fsync") for line in journal] == [None, True, False]
+    del without.unsynced[target.with_name("target.partial") / JOURNAL]  # it came to the disk before the data
+    without.lose()
+    outcome = run(Rebooted(), True)
+    assert is_complete(source, target)
+    assert 0 < outcome.resumed_nbytes < 3520
 
 
 def test_what_was_done_is_not_done_again(source: Path) -> None:

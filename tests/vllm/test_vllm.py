@@ -26,7 +26,7 @@ vllm = pytest.importorskip("vllm")
 from tests.folders import read_folder
 from tests.vllm import models
 
-TABLE = [entry for entry in entries() if entry.engine == "vllm"]
+TABLE = [entry for entry in entries() if entry.engine == "vllm" and entry.layout]
 CLAIMS = sorted((model_type, entry.layout, entry.reads) for entry in TABLE for model_type in entry.model_types)
 MODEL_TYPES = sorted({model_type for model_type, _, _ in CLAIMS})
 
