@@ -40,22 +40,21 @@ class _Plain:
 class Command(typer.core.TyperCommand):
     """A command that starts fast."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        _convert_plainly(self.params)
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _plainly(super().get_params(ctx))
 
 
 class Group(typer.core.TyperGroup):
     """A group of commands that starts fast."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        _convert_plainly(self.params)
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _plainly(super().get_params(ctx))
 
 
-def _convert_plainly(params: Sequence[Any]) -> None:
+def _plainly(params: Sequence[Any]) -> list[Any]:
     for param in params:
         param._runtime_param = _Plain()  # a typer that does not know the attribute converts as ever
+    return list(params)
 
 
 Source = Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint folder: config.json and *.safetensors.")]

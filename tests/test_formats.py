@@ -13,11 +13,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("compressed_tensors")
 pytest.importorskip("transformers")
 
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.compressors.format import infer_module_format
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
-from compressed_tensors.quantization.utils import calculate_qparams, maybe_pad_tensor_for_block_quant
+from compressed_tensors.compressors import BaseCompressor  # type: ignore[import-untyped]
+from compressed_tensors.compressors.format import infer_module_format  # type: ignore[import-untyped]
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # type: ignore[import-untyped]
+from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme  # type: ignore[import-untyped]
+from compressed_tensors.quantization.utils import calculate_qparams, maybe_pad_tensor_for_block_quant  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -96,7 +96,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def gaussian(shape: tuple[int, int], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    made: Tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return made
 
 
 def sources(shape: tuple[int, int], dtype: str) -> dict[str, Tensor]:
@@ -165,7 +166,7 @@ def squared_error(decoded: Tensor, source: Tensor) -> float:
 
 def transformers_fp8(matrix: Tensor, ue8m0: bool) -> dict[str, Tensor]:
     config = FineGrainedFP8Config(weight_block_size=(128, 128), scale_fmt="ue8m0" if ue8m0 else "float")
-    made: dict[str, Tensor] = Fp8Quantize(SimpleNamespace(quantization_config=config)).convert({"weight": matrix})
+    made: dict[str, Tensor] = Fp8Quantize(SimpleNamespace(quantization_config=config)).convert({"weight": matrix})  # type: ignore
     return made
 
 
@@ -217,9 +218,11 @@ def reference_parameters(scheme: QuantizationScheme, matrix: Tensor) -> dict[str
     if weights.strategy == "block":
         height, width = weights.block_structure
         padded = maybe_pad_tensor_for_block_quant(matrix, (height, width))
-        pieces = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2).flatten(2)
+        rows, columns = padded.shape
+        blocks = padded.reshape(rows // height, height, columns // width, width)
+        pieces = blocks.transpose(1, 2).flatten(2)
     else:
-        pieces = matrix.unflatten(1, (-1, weights.group_size or matrix.shape[1]))
+        pieces = matrix.reshape(matrix.shape[0], -1, weights.group_size or matrix.shape[1])
     scale, zero = calculate_qparams(pieces.amin(-1), pieces.amax(-1), weights)
     # Without force_zero_point, as llm-compressor's model_free has it, a symmetric scheme has no zero points at all:
     # to add zeros would make positive ones of negative zeros.

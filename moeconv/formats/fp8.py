@@ -21,8 +21,8 @@ def _block_amax(tile: Tensor) -> Tensor:
     import torch
     from torch.nn.functional import pad
 
-    rows = [torch.maximum(block.amax(0), block.amin(0).neg()) for block in tile.split(BLOCK)]
-    return pad(torch.stack(rows), (0, -tile.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK)).amax(2)
+    rows = [torch.maximum(block.amax(0), block.amin(0).neg()) for block in torch.split(tile, BLOCK)]
+    return pad(torch.stack(rows), (0, -tile.shape[1] % BLOCK)).reshape(len(rows), -1, BLOCK).amax(2)
 
 
 def _by_column(scales: Tensor, columns: int) -> Tensor:
@@ -35,7 +35,8 @@ def _encode_blocks(tile: Tensor, scales: Tensor, scaled: Callable[[Tensor, Tenso
     import torch
 
     codes = torch.empty(tile.shape, dtype=torch.float8_e4m3fn, device=tile.device)
-    for block, own, into in zip(tile.split(BLOCK), _by_column(scales, tile.shape[1]), codes.split(BLOCK), strict=True):
+    rows = torch.split(tile, BLOCK), _by_column(scales, tile.shape[1]), torch.split(codes, BLOCK)
+    for block, own, into in zip(*rows, strict=True):
         into.copy_(scaled(block.to(torch.float32, copy=True), own).clamp_(-E4M3_MAX, E4M3_MAX))
     return codes
 
@@ -46,7 +47,7 @@ def _decode_blocks(codes: Tensor, scales: Tensor, columns: int) -> Tensor:
     if scales.dtype == torch.uint8:
         scales = scales.view(torch.float8_e8m0fnu)
     decoded = codes.float()
-    for block, factors in zip(decoded.split(BLOCK), _by_column(scales, columns), strict=True):
+    for block, factors in zip(torch.split(decoded, BLOCK), _by_column(scales, columns), strict=True):
         block *= factors
     return decoded
 
