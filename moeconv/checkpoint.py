@@ -98,7 +98,15 @@ class Checkpoint(NamedTuple):
     sidecars: tuple[FileStat, ...]
     left_out: tuple[LeftOut, ...]
     manifest: Mapping[str, Any]
-    index_total_size: int | None
+    index_metadata: Mapping[str, Any]
+
+    @property
+    def index_total_size(self) -> int | None:
+        """Bytes of all tensors as the index has them."""
+        total = self.index_metadata.get("total_size")
+        if type(total) is int or (isinstance(total, float) and isfinite(total)):
+            return int(total)
+        return None
 
     @property
     def nbytes(self) -> int:
@@ -195,7 +203,7 @@ def open_checkpoint(root: Path, files: Files | None = None, include: tuple[str, 
         )
     config = (opening.mapping(CONFIG, MAX_CONFIG_BYTES) if CONFIG in found else None) or {}
     manifest = (opening.mapping(MANIFEST, MAX_INDEX_BYTES) if MANIFEST in found else None) or {}
-    weight_map, total_size, index = _weight_map(opening, found)
+    weight_map, index_metadata, index = _weight_map(opening, found)
     names = sorted({*(name for name in weight_map.values()), *include}) if weight_map else sorted(include)
     for name in include:
         if name not in found or not name.endswith(".safetensors"):
@@ -212,7 +220,7 @@ def open_checkpoint(root: Path, files: Files | None = None, include: tuple[str, 
     if opening.problems:
         raise CheckpointError.of(opening.problems)
     return Checkpoint(
-        root, tuple(weights), tensors, config, tuple(sidecars), tuple(left_out), manifest, total_size
+        root, tuple(weights), tensors, config, tuple(sidecars), tuple(left_out), manifest, index_metadata
     )  # fmt: skip
 
 
@@ -235,10 +243,8 @@ def _check_readable(opening: _Opening, unreadable: list[str]) -> None:
         opening.problems.append(problem)
 
 
-def _weight_map(
-    opening: _Opening, found: Mapping[str, FileStat]
-) -> tuple[dict[str, str], int | None, str | None]:  # fmt: skip
-    """Tensor name -> file, from the index; {"": file} for a single file. Then the index's total size and its name."""
+def _weight_map(opening: _Opening, found: Mapping[str, FileStat]) -> tuple[dict[str, str], dict[str, Any], str | None]:
+    """Tensor name -> file, from the index; {"": file} for a single file. Then the index's metadata and its name."""
     root = opening.root
     top = [path for path in found if "/" not in path and path.endswith(".safetensors")]
     indexes = [path for path in found if "/" not in path and path.endswith(".safetensors.index.json")]
@@ -246,7 +252,7 @@ def _weight_map(
     if index is None:
         single = SINGLE if SINGLE in top else top[0] if len(top) == 1 else None
         if single:
-            return {"": single}, None, None
+            return {"": single}, {}, None
         if not top:
             others = [path for path in found if path.endswith(_OTHER_WEIGHTS)]
             hint = f" It has {', '.join(others[:3])}; moeconv reads safetensors only." if others else ""
@@ -260,14 +266,14 @@ def _weight_map(
                     f"Download {INDEX}; without one, keep a single weight file.",
                 )
             )
-        return {}, None, None
+        return {}, {}, None
     parsed = opening.mapping(index, MAX_INDEX_BYTES)
     if parsed is None:
-        return {}, None, index
+        return {}, {}, index
     weight_map = parsed.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         opening.problems.append(Problem(f"{root / index} has no weight_map", "Download the index again."))
-        return {}, None, index
+        return {}, {}, index
     valid: dict[str, str] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or "/" in file or "\\" in file or file in ("", ".", "..") or "\0" in file:
@@ -280,10 +286,7 @@ def _weight_map(
         else:
             valid[name] = file
     metadata = parsed.get("metadata")
-    total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    if type(total) is int or (isinstance(total, float) and isfinite(total)):
-        return valid, int(total), index
-    return valid, None, index
+    return valid, metadata if isinstance(metadata, dict) else {}, index
 
 
 def _read_headers(

@@ -264,7 +264,7 @@ def place_specs(
     if len(files) == 1:
         return files, places, b""
     total = sum(spec.nbytes for group in groups for spec in group)
-    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    content = {"metadata": {**source.index_metadata, "total_size": total}, "weight_map": weight_map}
     return files, places, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 

@@ -416,3 +416,14 @@ def test_a_source_is_never_changed(source: Path) -> None:
     succeeds("pack", source, source.parent / "target")
     run("pack", source, source.parent / "target", "--overwrite", "--max-shard-size", "1kB")
     assert tree(source) == before
+
+
+def test_what_else_the_index_says_is_carried_over(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", experts_layout(), CONFIG, 3)
+    path = source / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["metadata"] |= {"total_parameters": 1234, "total_size": index["metadata"]["total_size"]}
+    path.write_text(json.dumps(index))
+    succeeds("pack", source, tmp_path / "packed", "--max-shard-size", "1kB")
+    written = json.loads((tmp_path / "packed" / "model.safetensors.index.json").read_text())
+    assert written["metadata"] == index["metadata"]

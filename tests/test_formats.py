@@ -166,7 +166,7 @@ def squared_error(decoded: Tensor, source: Tensor) -> float:
 
 def transformers_fp8(matrix: Tensor, ue8m0: bool) -> dict[str, Tensor]:
     config = FineGrainedFP8Config(weight_block_size=(128, 128), scale_fmt="ue8m0" if ue8m0 else "float")
-    made: dict[str, Tensor] = Fp8Quantize(SimpleNamespace(quantization_config=config)).convert({"weight": matrix})  # type: ignore
+    made: dict[str, Tensor] = Fp8Quantize(SimpleNamespace(quantization_config=config)).convert({"weight": matrix})  # type: ignore[no-untyped-call, arg-type]
     return made
 
 
@@ -340,7 +340,7 @@ def test_settings_are_those_of_the_preset(choice: Choice) -> None:
 @of_fine_grained
 def test_settings_of_fp8_are_a_config_of_transformers(choice: Choice) -> None:
     made = choice.make()
-    config = FineGrainedFP8Config.from_dict({"quant_method": made.quant_method, **made.settings()})
+    config = FineGrainedFP8Config.from_dict({"quant_method": made.quant_method, **made.settings()})  # type: ignore[no-untyped-call]
     assert tuple(config.weight_block_size) == (128, 128)
     assert config.activation_scheme == "dynamic"
     assert config.scale_fmt == ("ue8m0" if "ue8m0" in choice.options else "float")
@@ -396,11 +396,11 @@ def test_parts_are_what_encode_returns_whatever_the_values(choice: Choice, dtype
         assert (decoded.dtype, decoded.shape, decoded.device.type) == (torch.float32, shape, device)
 
 
-class Meter(TorchDispatchMode):
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that live, and the most that ever did."""
 
     def __init__(self, *held: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sizes: dict[int, int] = {}
         self.peak = 0
         for tensor in held:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _WORD_BITS = 32
-#: Shrink factors of the range that `scale: mse` tries, from 1 down; the best of them for each group is taken.
+#: Factors of the range that `search: mse` tries, the range itself first; the best of them for each group is taken. In a
+#: small group, or with 8 bits, it is often one above 1: codes end at 7 (127), half a step below a scale's full range.
 _SHRINKS = (1.0, *(percent / 100 for percent in range(108, 68, -2) if percent != 100))
 
 
@@ -78,7 +79,7 @@ class PackedInt(Format):
         bits: 4 or 8.
         symmetric: False for one zero point a group.
         group_size: columns of a group.
-        search: `amax`, or `mse` for the scale of least squared error among 20 shrunken ranges.
+        search: `amax`, or `mse` for the scale of least squared error among 20 narrower and wider ranges.
     """
 
     quant_method = "compressed-tensors"
@@ -124,7 +125,7 @@ class PackedInt(Format):
         else:
             scale, zero = self._parameters(least, most)
         codes = self._codes(groups.float(), scale, zero)
-        packed = _packed((codes - low).to(torch.uint8).flatten(1), self.bits)
+        packed = _packed(codes.sub_(low).to(torch.uint8).flatten(1), self.bits)
         if zero is None:
             return packed, scale
         return packed, scale, _transposed(_packed((zero - low).to(torch.uint8).T, self.bits))
@@ -155,14 +156,19 @@ class PackedInt(Format):
         error = torch.full_like(scale, torch.inf, dtype=torch.float32)
         for shrink in _SHRINKS:
             other, shifted = self._parameters(least * shrink, most * shrink)
-            codes = self._codes(groups, other, shifted)
-            decoded = (codes if shifted is None else codes - shifted[..., None]) * other.float()[..., None]
-            squared = (decoded - groups).square_().sum(-1)
+            squared = self._squared_error(groups, other, shifted)
             better = squared < error
             scale, error = torch.where(better, other, scale), torch.where(better, squared, error)
             if shifted is not None and zero is not None:
                 zero = torch.where(better, shifted, zero)
         return scale, zero
+
+    def _squared_error(self, groups: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        decoded = self._codes(groups, scale, zero)
+        if zero is not None:
+            decoded -= zero[..., None]
+        decoded *= scale.float()[..., None]
+        return decoded.sub_(groups).square_().sum(-1)
 
     def decode(self, parts: Mapping[str, Tensor], columns: int) -> Tensor:
         low, _ = _bounds(self.bits)

@@ -59,8 +59,19 @@ def compare(what: str, ours: list[str], copy: list[str], source: Path, output: P
     )
 
 
+def quantize(folder: Path, pairs: int) -> None:
+    """Quantize 2.7 GB against a copy of the source, without fsync."""
+    source = folder / "qwen3-small"
+    nbytes = sources.write(source, sources.qwen3(2), sources.QWEN3_30B_A3B)
+    print(f"{nbytes / 1e9:.2f} GB to quantize")
+    copy = ["cp", "-r", "--reflink=never", str(source), str(folder / "output")]
+    for name in ("fp8", "fp8_dynamic", "fp8_block", "w8a8", "w4a16", "w4a16_asym"):
+        ours = [*MOECONV, "quantize", str(source), str(folder / "output"), "--format", name, "--no-fsync"]
+        compare(f"quantize {name}", ours, copy, source, folder / "output", pairs)
+
+
 def main() -> None:
-    """Pack and unpack, without and with fsync."""
+    """Pack and unpack, without and with fsync; quantize."""
     folder = Path(sys.argv[1])
     compileall.compile_dir(Path(__file__).parents[2] / "moeconv", quiet=1)  # as in an installed package
     pairs = int(sys.argv[2]) if len(sys.argv) > 2 else 9
@@ -77,6 +88,7 @@ def main() -> None:
             if start is packed and not packed.exists():
                 subprocess.run([*MOECONV, "pack", str(source), str(packed)], check=True, stdout=subprocess.DEVNULL)
             compare(f"{what} {mode}", ours, copy, start, output, pairs)
+    quantize(folder, pairs)
 
 
 if __name__ == "__main__":
