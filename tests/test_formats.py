@@ -66,7 +66,10 @@ PACKED = [
     Choice("w4a16_asym", {}), Choice("w4a16_asym", {"group_size": 12}, 12),
 ]  # fmt: skip
 COMPRESSED = [Choice("fp8_dynamic", {}), Choice("fp8_block", {}), Choice("w8a8", {}), *PACKED]
-SEARCHED = [Choice(name, {"search": "mse"}) for name in ("w4a16", "w8a16", "w4a16_asym")]
+SEARCHED = [
+    *(Choice(name, {"search": "mse"}) for name in ("w4a16", "w8a16", "w4a16_asym")),
+    Choice("w4a16_asym", {"group_size": 6, "search": "mse"}, 6),
+]
 EVERY = [*FINE_GRAINED, *COMPRESSED, *SEARCHED]
 
 of_fine_grained = pytest.mark.parametrize("choice", FINE_GRAINED, ids=str)

@@ -53,7 +53,7 @@ def _decode_blocks(codes: Tensor, scales: Tensor, columns: int) -> Tensor:
 
 
 class _Fp8(Format):
-    live_nbytes = 16
+    live_nbytes = 10
 
     def _blocks_shape(self, shape: Shape) -> Shape:
         return (-(-shape[0] // BLOCK), -(-shape[1] // BLOCK))
@@ -127,11 +127,11 @@ class ChannelFp8(_Fp8):
         amax = torch.maximum(tile.amax(1, keepdim=True), tile.amin(1, keepdim=True).neg())
         scale = amax / torch.tensor(E4M3_MAX, dtype=tile.dtype)
         scale = torch.where(scale == 0, torch.finfo(tile.dtype).eps, scale).to(tile.dtype)
-        codes = (tile.float() / scale.float()).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-        return codes, scale
+        codes = tile.to(torch.float32, copy=True).div_(scale.float()).clamp_(-E4M3_MAX, E4M3_MAX)
+        return codes.to(torch.float8_e4m3fn), scale
 
     def decode(self, parts: Mapping[str, Tensor], columns: int) -> Tensor:
-        return parts["weight"].float() * parts["weight_scale"].float()
+        return parts["weight"].float().mul_(parts["weight_scale"].float())
 
     def settings(self) -> dict[str, Any]:
         return {

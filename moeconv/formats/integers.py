@@ -44,7 +44,7 @@ class ChannelInt8(Format):
 
     name = "w8a8"
     quant_method = "compressed-tensors"
-    live_nbytes = 16
+    live_nbytes = 10
 
     def parts(self, shape: Shape, dtype: str) -> tuple[StoredPart, ...]:
         return (StoredPart("weight", "I8", shape, 1), StoredPart("weight_scale", dtype, (shape[0], 1), 1))
@@ -54,11 +54,11 @@ class ChannelInt8(Format):
 
         low, high = _bounds(8)
         scale = _scale(*_range(tile), high - low)[:, None]
-        codes = (tile.float() / scale.float()).clamp_(low, high).round_().to(torch.int8)
-        return codes, scale
+        codes = tile.to(torch.float32, copy=True).div_(scale.float()).clamp_(low, high).round_()
+        return codes.to(torch.int8), scale
 
     def decode(self, parts: Mapping[str, Tensor], columns: int) -> Tensor:
-        return parts["weight"].float() * parts["weight_scale"].float()
+        return parts["weight"].float().mul_(parts["weight_scale"].float())
 
     def settings(self) -> dict[str, Any]:
         arguments = {"num_bits": 8, "type": "int", "symmetric": True}
@@ -83,7 +83,7 @@ class PackedInt(Format):
     """
 
     quant_method = "compressed-tensors"
-    live_nbytes = 28
+    live_nbytes = 16
 
     def __init__(self, bits: int, symmetric: bool = True, group_size: int = 128, search: str = "amax") -> None:
         self.name = f"w{bits}a16" + ("" if symmetric else "_asym")
@@ -172,14 +172,14 @@ class PackedInt(Format):
 
     def decode(self, parts: Mapping[str, Tensor], columns: int) -> Tensor:
         low, _ = _bounds(self.bits)
-        codes = _unpacked(parts["weight_packed"], self.bits)[:, :columns].float() + low
+        codes = _unpacked(parts["weight_packed"], self.bits)[:, :columns].float().add_(low)
         scale = parts["weight_scale"].float()
         codes = _groups(codes, codes.shape[1] // scale.shape[1])
         if not self.symmetric:
             zero = _unpacked(_transposed(parts["weight_zero_point"]), self.bits).T[: scale.shape[0]].float() + low
-            codes = codes - zero[..., None]
-        decoded: Tensor = codes * scale[..., None]
-        return decoded.flatten(1)
+            codes -= zero[..., None]
+        codes *= scale[..., None]
+        return codes.flatten(1)
 
     def settings(self) -> dict[str, Any]:
         zero = {} if self.symmetric else {"zp_dtype": "torch.int8"}
