@@ -130,6 +130,8 @@ def sources(shape: tuple[int, int], dtype: str) -> dict[str, Tensor]:
         "largest positive": torch.full(shape, limits.max),
         "smallest subnormals": (signs * limits.smallest_normal * limits.eps).to(kind),
         "subnormals": torch.where(areas > 0, signs * limits.smallest_normal * gaussian(shape, 5).abs() / 8, 0.0),
+        # A scale that is itself the smallest subnormal stands for up to half as much again: quotients out of range.
+        "few smallest subnormals": torch.fmod(base * 1e6, 660).trunc() * limits.smallest_normal * limits.eps,
         "small": gaussian(shape, 6) * limits.smallest_normal * 300,
         "every magnitude": gaussian(shape, 7) * torch.exp2(areas * 30 if dtype != "F16" else areas * 5),
         # Multiples of a half of a power of two: quotients lie on the borders between codes.
@@ -170,7 +172,23 @@ def squared_error(decoded: Tensor, source: Tensor) -> float:
 def transformers_fp8(matrix: Tensor, ue8m0: bool) -> dict[str, Tensor]:
     config = FineGrainedFP8Config(weight_block_size=(128, 128), scale_fmt="ue8m0" if ue8m0 else "float")
     made: dict[str, Tensor] = Fp8Quantize(SimpleNamespace(quantization_config=config)).convert({"weight": matrix})  # type: ignore[no-untyped-call, arg-type]
+    lost = made["weight_scale_inv"].float() == 0
+    if lost.any():  # 448 / amax overflowed: transformers multiplies by infinity, which is the one thing not to repeat
+        inside = lost.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        made["weight_scale_inv"] = torch.where(lost, 1.0, made["weight_scale_inv"])
+        codes = torch.where(
+            inside, matrix.float().to(torch.float8_e4m3fn).view(torch.uint8), made["weight"].view(torch.uint8)
+        )
+        made["weight"] = codes.view(torch.float8_e4m3fn)
     return made
+
+
+def test_small_values_never_become_nan() -> None:
+    for name, matrix in sources((256, 256), "F32").items():
+        for ue8m0 in (False, True):
+            ours = encoded(Choice("fp8", {"ue8m0": ue8m0}), matrix, "F32")
+            assert torch.isfinite(ours["weight"].float()).all() == torch.isfinite(matrix).all(), name
+            assert (ours["weight_scale_inv"] > 0).all(), name
 
 
 @of_fine_grained

@@ -63,7 +63,7 @@ class FineGrainedFp8(_Fp8):
     """`quant_method: fp8`: a float32 multiplier `weight_scale_inv` for 128 x 128 blocks.
 
     Scales and codes are those of transformers' `Fp8Quantize`, bit for bit: scale = 448 / amax (1 for a zero block),
-    code = E4M3(x * scale), stored is 1 / scale. With `ue8m0` the multiplier is rounded up to a power of two.
+    code = E4M3(x * scale), stored is 1 / scale. Where it makes NaN of finite values, they become zero here. With `ue8m0` the multiplier is rounded up to a power of two.
 
     Args:
         ue8m0: multipliers are powers of two (`scale_fmt: ue8m0`), stored as F32.
@@ -93,7 +93,9 @@ class FineGrainedFp8(_Fp8):
         import torch
 
         amax = _block_amax(tile).float()
-        scale = torch.where(amax == 0, 1.0, E4M3_MAX / amax)
+        scale = E4M3_MAX / amax
+        # Of a block that is zero, or so small (below 1.4e-36) that its multiplier would be zero and its codes NaN.
+        scale = torch.where((amax == 0) | (scale.isinf() & (not self.ue8m0)), 1.0, scale)
         inverse = 1.0 / scale
         if self.ue8m0:
             tiny = torch.finfo(torch.float32).tiny
