@@ -63,7 +63,8 @@ class FineGrainedFp8(_Fp8):
     """`quant_method: fp8`: a float32 multiplier `weight_scale_inv` for 128 x 128 blocks.
 
     Scales and codes are those of transformers' `Fp8Quantize`, bit for bit: scale = 448 / amax (1 for a zero block),
-    code = E4M3(x * scale), stored is 1 / scale. Where it makes NaN of finite values, they become zero here. With `ue8m0` the multiplier is rounded up to a power of two.
+    code = E4M3(x * scale), stored is 1 / scale. Where it makes NaN of finite values, they become zero here. With
+    `ue8m0` the multiplier is rounded up to a power of two.
 
     Args:
         ue8m0: multipliers are powers of two (`scale_fmt: ue8m0`), stored as F32.
