@@ -157,6 +157,15 @@ def _run(made: Plan, destination: Path, *, fsync: bool, overwrite: bool, as_json
         print(f"{destination}: already up to date")
 
 
+def _show_or_run(
+    made: Plan, destination: Path, as_json: bool, dry_run: bool, no_fsync: bool, overwrite: bool
+) -> None:  # fmt: skip
+    if dry_run:
+        _show_plan(made, destination, as_json=as_json)
+    else:
+        _run(made, destination, fsync=not no_fsync, overwrite=overwrite, as_json=as_json)
+
+
 def _convert(
     source: Path, destination: Path, to: str, recipe: str | None, layout: str | None, include: list[str] | None,
     max_shard_size: str, jobs: int | None, max_memory: str | None, as_json: bool, dry_run: bool, no_fsync: bool,
@@ -166,10 +175,7 @@ def _convert(
 
     check_destination(source, destination)
     made = _make_plan(source, to, recipe, layout, include, max_shard_size, jobs, max_memory)
-    if dry_run:
-        _show_plan(made, destination, as_json=as_json)
-    else:
-        _run(made, destination, fsync=not no_fsync, overwrite=overwrite, as_json=as_json)
+    _show_or_run(made, destination, as_json, dry_run, no_fsync, overwrite)
 
 
 @app.command(cls=Command)
@@ -250,10 +256,7 @@ def quantize(
         source, recipe, layout, include, max_shard_size, jobs, max_memory, format_, ignore, only, group_size,
         scale, ue8m0, dtype, allow_nonfinite,
     )  # fmt: skip
-    if dry_run:
-        _show_plan(made, destination, as_json=as_json)
-    else:
-        _run(made, destination, fsync=not no_fsync, overwrite=overwrite, as_json=as_json)
+    _show_or_run(made, destination, as_json, dry_run, no_fsync, overwrite)
 
 
 @app.command(cls=Command)
@@ -270,10 +273,7 @@ def dequantize(
     check_destination(source, destination)
     checkpoint, found, options = _open(source, recipe, layout, include, max_shard_size, jobs, max_memory)
     made = plan_dequantize(checkpoint, found, parse_dtype(dtype), options)
-    if dry_run:
-        _show_plan(made, destination, as_json=as_json)
-    else:
-        _run(made, destination, fsync=not no_fsync, overwrite=overwrite, as_json=as_json)
+    _show_or_run(made, destination, as_json, dry_run, no_fsync, overwrite)
 
 
 def _plan(

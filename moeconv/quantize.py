@@ -10,11 +10,11 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import prod
+from math import lcm, prod
 from typing import Any
 
 from moeconv.checkpoint import Checkpoint, Encoded
-from moeconv.encoded import decoded_view
+from moeconv.encoded import CONFIG_DTYPES, decoded_view
 from moeconv.engines import format_readings
 from moeconv.errors import PlanError, Problem, UsageError
 from moeconv.formats import FLOATS, Format
@@ -138,8 +138,9 @@ class _Planner:
             made = change(unit, goal, self.recipe, self.problems)
             if made is None:
                 continue
-            named = (self.decider.decide(_module(spec), is_expert=True) for spec in made.targets if _is_matrix(spec))
-            if any(decision.format for decision in list(named)):
+            # All of them are asked, so that every rule that names one counts as used.
+            named = [self.decider.decide(_module(spec), is_expert=True) for spec in made.targets if _is_matrix(spec)]
+            if any(decision.format for decision in named):
                 changes.append(made)
                 fills += made.fills
             else:
@@ -278,7 +279,7 @@ class _Planner:
                     yield Content(file, start, value.format.constant(part, shape))
             multiple = value.format.row_multiple
         if stored is not None:
-            multiple = max(multiple, stored.format.row_multiple)
+            multiple = lcm(multiple, stored.format.row_multiple)
         written = sum(spec.nbytes for spec, _ in value.parts)
         yield Transcode(
             fill.target.name, shape, dtype, self._read(fill, stored), fill.target.dtype, value.format, tuple(targets),
@@ -348,8 +349,8 @@ class _Planner:
         _remove(config)
         if self.quantizes:
             config["quantization_config"] = _quantization_config(values)
-        dtype = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(self.scheme.dtype or "")
-        if dtype:
+        dtype = next((name for name, short in CONFIG_DTYPES.items() if short == self.scheme.dtype), None)
+        if dtype and any(value.source or self._dtype(value.fill) != value.fill.target.dtype for value in values):
             for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
                 config[key] = dtype
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
@@ -415,10 +416,10 @@ def _module(spec: Spec) -> str:
 
 
 def _same(one: Format | None, other: Format | None) -> bool:
-    """Two formats write the same parts in the same way."""
+    """Readers are told the same of both; how scales were chosen or stored does not matter to them."""
     if one is None or other is None:
         return one is other
-    return type(one) is type(other) and one.__dict__ == other.__dict__
+    return type(one) is type(other) and one.settings() == other.settings()
 
 
 def _part(suffix: str, spec: Spec, file: int, offset: int, rows: int) -> Part:

@@ -387,3 +387,23 @@ def test_scale_search_lowers_the_error_of_the_whole_model(sources: dict[str, Pat
         errors[search] = sum(float((found[key].float() - before[key].float()).square().sum()) for key in before)
     assert errors["mse"] < 0.9 * errors["amax"]
     assert make_format("w4a16", {"search": "mse"}).settings() == make_format("w4a16", {}).settings()
+
+
+def test_fp8_with_scales_in_bf16_is_fp8_already(sources: dict[str, Path], tmp_path: Path) -> None:
+    """As some releases have it; encoding again would lose what the first rounding left."""
+    succeeds("quantize", sources["mixtral"], tmp_path / "first", "--format", "fp8")
+    stored = folder_tensors(tmp_path / "first")
+    narrow = {key: item.bfloat16() if key.endswith("scale_inv") else item for key, item in stored.items()}
+    source = save(tmp_path / "source", narrow, config_of(tmp_path / "first"))
+    succeeds("quantize", source, tmp_path / "made", "--format", "fp8")
+    found = folder_tensors(tmp_path / "made")
+    assert found.keys() == narrow.keys()
+    for key, item in narrow.items():
+        assert item.dtype == found[key].dtype
+        assert torch.equal(item.view(torch.uint8), found[key].view(torch.uint8)), key
+
+
+def test_a_dtype_that_changes_nothing_is_not_claimed(sources: dict[str, Path], tmp_path: Path) -> None:
+    succeeds("quantize", sources["mixtral"], tmp_path / "made", "--format", "w4a16", "--dtype", "float16")
+    config = config_of(tmp_path / "made")
+    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
