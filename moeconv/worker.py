@@ -43,6 +43,9 @@ Sink = Callable[[int, int, memoryview, Rows | None], None]
 #: on two threads, 2 GB: 128 KiB 0.49 s, 256 KiB 0.43 s, 512 KiB 0.39 s, `cp` 0.82 s.
 COPY_BYTES = 512 << 10
 _OPEN_FILES = 16
+#: glibc maps blocks that are larger than any freed so far anew each time, and their pages are cleared again; up to 32
+#: MiB. Freeing one of this size first leaves a fifth of the page faults of a run.
+_REUSED_NBYTES = (32 << 20) - (64 << 10)
 _BAD_STRIDE, _PADDING = 512, 64
 
 
@@ -138,15 +141,15 @@ class Worker:
 
         if not self._is_single:
             torch.set_num_threads(1)  # of this thread: tiles run side by side, one a worker
+            torch.empty(_REUSED_NBYTES, dtype=torch.uint8)
             self._is_single = True
         rows = tile_rows(step)
         for first in range(step.first, step.last, rows):
             last = min(first + rows, step.last)
             if isinstance(step.source, Decode):
-                tile = self._decoded(step.source, step.shape[1], first, last)
+                tile = self._decoded(step.source, step.shape[1], first, last, _torch_dtype(step.dtype))
             else:
-                tile = self._read_tile(step, step.source, first, last)
-            tile = tile.to(_torch_dtype(step.dtype))
+                tile = self._read_tile(step, step.source, first, last).to(_torch_dtype(step.dtype))
             if step.allow_nonfinite:
                 tile = torch.nan_to_num(tile, nan=0.0, posinf=0.0, neginf=0.0)
             made = step.encoder.encode(tile) if step.encoder else (tile,)
@@ -175,8 +178,8 @@ class Worker:
             self._fill(source, ((first, last), (0, columns)), numpy.frombuffer(raw, dtype).reshape(-1, columns))
         return torch.frombuffer(raw, dtype=_torch_dtype(step.source_dtype)).view(-1, columns)
 
-    def _decoded(self, source: Decode, columns: int, first: int, last: int) -> torch.Tensor:
-        """Rows of a matrix that is stored quantized, float32."""
+    def _decoded(self, source: Decode, columns: int, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of a matrix that is stored quantized."""
         import torch
 
         parts = {}
@@ -185,7 +188,7 @@ class Worker:
             content = bytearray((end - begin) * part.row_nbytes)
             self._sources[part.file].read_into(memoryview(content), part.offset + begin * part.row_nbytes)
             parts[part.suffix] = torch.frombuffer(content, dtype=_torch_dtype(part.dtype)).view(end - begin, -1)
-        return source.format.decode(parts, columns)
+        return source.format.decode(parts, columns, dtype)
 
     def _rearrange(self, step: Rearrange, sink: Sink) -> None:
         import numpy  # here, because a plan or a plain copy does without

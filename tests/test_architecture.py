@@ -16,7 +16,7 @@ MODULES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in P
 #: The flow of the design: a module imports only what stands before it.
 ORDER = [
     "__init__", "errors", "files", "tensors", "dims", "names", "ops", "yamldoc", "recipe", "recipe_file", "header",
-    "formats.format", "formats.fp8", "formats.integers",
+    "formats.format", "formats.strips", "formats.fp8", "formats.integers",
     "formats", "checkpoint", "encoded", "layouts", "moves", "steps", "engines", "scheme", "plan", "quantize", "explain",
     "manifest", "selection", "worker", "writer", "executor", "verify", "inspect", "progress", "options", "cli",
     "__main__",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from moeconv.tensors import Shape
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 #: Source dtypes that can be quantized.
@@ -77,12 +78,13 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def decode(self, parts: Mapping[str, Tensor], columns: int) -> Tensor:
-        """Rows of a matrix, float32 [rows, K], from the rows of its parts.
+    def decode(self, parts: Mapping[str, Tensor], columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows of a matrix [rows, K], computed in float32, from the rows of its parts.
 
         Args:
             parts: by suffix; all that have rows.
             columns: K, where parts are padded.
+            dtype: to round to in the end; None for float32.
         """
 
     def constant(self, part: StoredPart, shape: Shape) -> bytes:

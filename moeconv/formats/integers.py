@@ -11,9 +11,11 @@ from struct import pack
 from typing import TYPE_CHECKING, Any
 
 from moeconv.formats.format import Format, StoredPart
+from moeconv.formats.strips import amax, by_group, strips
 from moeconv.tensors import Shape
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _WORD_BITS = 32
@@ -26,17 +28,12 @@ def _bounds(bits: int) -> tuple[int, int]:
     return -(1 << bits - 1), (1 << bits - 1) - 1
 
 
-def _range(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value along the last axis, widened to hold zero."""
-    return groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
-
-
-def _scale(low: Tensor, high: Tensor, steps: float) -> Tensor:
-    """Symmetric scale: the larger magnitude over half the number of steps; eps of the dtype for zeros."""
+def _scale(most: Tensor, steps: float) -> Tensor:
+    """Symmetric scale: the largest magnitude over half the number of steps; eps of the dtype for zeros."""
     import torch
 
-    scale = torch.maximum(low.neg(), high) / torch.tensor(steps / 2, dtype=low.dtype)
-    return torch.where(scale == 0, torch.finfo(low.dtype).eps, scale).to(low.dtype)
+    scale = most / torch.tensor(steps / 2, dtype=most.dtype)
+    return torch.where(scale == 0, torch.finfo(most.dtype).eps, scale).to(most.dtype)
 
 
 class ChannelInt8(Format):
@@ -53,12 +50,23 @@ class ChannelInt8(Format):
         import torch
 
         low, high = _bounds(8)
-        scale = _scale(*_range(tile), high - low)[:, None]
-        codes = tile.to(torch.float32, copy=True).div_(scale.float()).clamp_(low, high).round_()
-        return codes.to(torch.int8), scale
+        codes = torch.empty(tile.shape, dtype=torch.int8, device=tile.device)
+        scales = torch.empty((len(tile), 1), dtype=tile.dtype, device=tile.device)
+        for strip in strips(tile):
+            scale = _scale(amax(tile[strip], 1)[:, None], high - low)
+            values = tile[strip].to(torch.float32, copy=True)
+            codes[strip] = values.div_(scale.float()).clamp_(low, high).round_()
+            scales[strip] = scale
+        return codes, scales
 
-    def decode(self, parts: Mapping[str, Tensor], columns: int) -> Tensor:
-        return parts["weight"].float().mul_(parts["weight_scale"].float())
+    def decode(self, parts: Mapping[str, Tensor], columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        import torch
+
+        codes, scales = parts["weight"], parts["weight_scale"].float()
+        decoded = torch.empty(codes.shape, dtype=dtype or torch.float32, device=codes.device)
+        for strip in strips(codes):
+            decoded[strip] = codes[strip].float().mul_(scales[strip])
+        return decoded
 
     def settings(self) -> dict[str, Any]:
         arguments = {"num_bits": 8, "type": "int", "symmetric": True}
@@ -117,18 +125,30 @@ class PackedInt(Format):
     def encode(self, tile: Tensor) -> tuple[Tensor, ...]:
         import torch
 
-        low = _bounds(self.bits)[0]
-        groups = _groups(tile, self.group_size)
-        least, most = _range(groups)
-        if self.search == "mse":
-            scale, zero = self._best(groups.float(), least, most)
-        else:
-            scale, zero = self._parameters(least, most)
-        codes = self._codes(groups.float(), scale, zero)
-        packed = _packed(codes.sub_(low).to(torch.uint8).flatten(1), self.bits)
-        if zero is None:
-            return packed, scale
-        return packed, scale, _transposed(_packed((zero - low).to(torch.uint8).T, self.bits))
+        rows, columns = tile.shape
+        # On "meta" as well; codes and zero points are 8 bits each until they are packed.
+        codes = torch.empty((rows, columns), dtype=torch.int8, device=tile.device)
+        scales = torch.empty((rows, columns // self.group_size), dtype=tile.dtype, device=tile.device)
+        zeros = None if self.symmetric else torch.empty(scales.shape, dtype=torch.int8, device=tile.device)
+        for strip in strips(tile):
+            groups = by_group(tile[strip], self.group_size)
+            values = groups.to(torch.float32, copy=True)
+            scale, zero = self._parameters(*self._range(groups, values))
+            if self.search == "mse":
+                scale, zero = self._best(values, *self._range(groups, values))
+            codes[strip] = self._codes(values, scale, zero).flatten(1)
+            scales[strip] = scale
+            if zeros is not None and zero is not None:
+                zeros[strip] = zero
+        packed = _packed(codes, self.bits)
+        return (packed, scales) if zeros is None else (packed, scales, _transposed(_packed(zeros.T, self.bits)))
+
+    def _range(self, groups: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value of each group, widened to hold zero; symmetric about it where the codes are."""
+        if self.symmetric:
+            most = amax(groups, 2)
+            return most.neg(), most
+        return values.amin(2).clamp_(max=0).to(groups.dtype), values.amax(2).clamp_(min=0).to(groups.dtype)
 
     def _parameters(self, least: Tensor, most: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale in the source's dtype, and the zero point as float32 whole numbers."""
@@ -136,50 +156,54 @@ class PackedInt(Format):
 
         low, high = _bounds(self.bits)
         if self.symmetric:
-            return _scale(least, most, high - low), None
+            return _scale(most, high - low), None
         scale = (most - least) / torch.tensor(float(high - low), dtype=least.dtype)
         # A range that underflows to a scale of 0 has its zero point at an end, a range of 0 (0 / 0) has it at 0.
         zero = (low - least / scale).float().clamp_(low, high).round_().nan_to_num_(0.0)
         return torch.where(scale == 0, torch.finfo(least.dtype).eps, scale).to(least.dtype), zero
 
-    def _codes(self, groups: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    def _codes(self, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Codes of float32 groups, in place."""
         low, high = _bounds(self.bits)
-        scaled = groups / scale.float()[..., None]
+        values.div_(scale.float()[..., None])
         if zero is not None:
-            scaled += zero[..., None]
-        return scaled.clamp_(low, high).round_()
+            values += zero[..., None]
+        return values.clamp_(low, high).round_()
 
-    def _best(self, groups: Tensor, least: Tensor, most: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _best(self, values: Tensor, least: Tensor, most: Tensor) -> tuple[Tensor, Tensor | None]:
         import torch
 
         scale, zero = self._parameters(least, most)
         error = torch.full_like(scale, torch.inf, dtype=torch.float32)
         for shrink in _SHRINKS:
             other, shifted = self._parameters(least * shrink, most * shrink)
-            squared = self._squared_error(groups, other, shifted)
+            squared = self._squared_error(values, other, shifted)
             better = squared < error
             scale, error = torch.where(better, other, scale), torch.where(better, squared, error)
             if shifted is not None and zero is not None:
                 zero = torch.where(better, shifted, zero)
         return scale, zero
 
-    def _squared_error(self, groups: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        decoded = self._codes(groups, scale, zero)
+    def _squared_error(self, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        decoded = self._codes(values.clone(), scale, zero)
         if zero is not None:
             decoded -= zero[..., None]
         decoded *= scale.float()[..., None]
-        return decoded.sub_(groups).square_().sum(-1)
+        return decoded.sub_(values).square_().sum(-1)
 
-    def decode(self, parts: Mapping[str, Tensor], columns: int) -> Tensor:
-        low, _ = _bounds(self.bits)
-        codes = _unpacked(parts["weight_packed"], self.bits)[:, :columns].float().add_(low)
-        scale = parts["weight_scale"].float()
-        codes = _groups(codes, codes.shape[1] // scale.shape[1])
-        if not self.symmetric:
-            zero = _unpacked(_transposed(parts["weight_zero_point"]), self.bits).T[: scale.shape[0]].float() + low
-            codes -= zero[..., None]
-        codes *= scale[..., None]
-        return codes.flatten(1)
+    def decode(self, parts: Mapping[str, Tensor], columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        import torch
+
+        words, scales = parts["weight_packed"], parts["weight_scale"].float()
+        zeros = None if self.symmetric else _unpacked(_transposed(parts["weight_zero_point"]), self.bits).T
+        decoded = torch.empty((len(words), columns), dtype=dtype or torch.float32, device=words.device)
+        for strip in strips(decoded):
+            values = by_group(_unpacked(words[strip], self.bits)[:, :columns].float(), self.group_size)
+            if zeros is not None:
+                values -= zeros[strip].float()[..., None]
+            values *= scales[strip][..., None]
+            decoded[strip] = values.flatten(1)
+        return decoded
 
     def settings(self) -> dict[str, Any]:
         zero = {} if self.symmetric else {"zp_dtype": "torch.int8"}
@@ -190,11 +214,6 @@ class PackedInt(Format):
         return {"format": "pack-quantized", "weights": weights, "input_activations": None}
 
 
-def _groups(tile: Tensor, size: int) -> Tensor:
-    """[rows, K] as [rows, K / size, size]."""
-    return tile.reshape(tile.shape[0], -1, size)
-
-
 def _transposed(words: Tensor) -> Tensor:
     """A copy in row-major order; `.T.contiguous()` keeps the strides of an axis of size 1, which no view accepts."""
     import torch
@@ -203,22 +222,26 @@ def _transposed(words: Tensor) -> Tensor:
 
 
 def _packed(codes: Tensor, bits: int) -> Tensor:
-    """Codes [rows, n] below 2^bits as words [rows, ceil(n * bits / 32)] int32, the first in the lowest bits."""
+    """Signed codes [rows, n] as words [rows, ceil(n * bits / 32)] int32, the first in the lowest bits."""
     import torch
     from torch.nn.functional import pad
 
-    codes = pad(codes, (0, -codes.shape[1] % (_WORD_BITS // bits)))
-    if bits == 4:
-        codes = codes[:, 0::2] | codes[:, 1::2] << 4
-    words = codes.flatten().view(torch.int32)  # flat, as strides of an axis of size 1 can be anything
-    return words.view(codes.shape[0], -1)
+    padded = pad(codes, (0, -codes.shape[1] % (_WORD_BITS // bits)), value=_bounds(bits)[0])
+    flat = padded.flatten()  # as strides of an axis of size 1 can be anything
+    if bits == 8:
+        packed = flat.view(torch.uint8) ^ 128
+    else:
+        pairs = flat.add(8).view(torch.int16)
+        packed = (pairs | pairs >> 4).to(torch.uint8)  # the low byte
+    return packed.view(torch.int32).view(codes.shape[0], -1)
 
 
 def _unpacked(words: Tensor, bits: int) -> Tensor:
-    """The inverse of `_packed`: uint8 codes."""
+    """The inverse of `_packed`: int8 codes."""
     import torch
 
     codes = words.contiguous().view(torch.uint8)
     if bits == 8:
-        return codes
-    return torch.stack((codes & 15, codes >> 4), -1).flatten(1)
+        return (codes ^ 128).view(torch.int8)
+    pairs = codes.to(torch.int16)
+    return ((pairs | pairs << 4) & 0x0F0F).view(torch.int8).sub_(8)
