@@ -82,12 +82,17 @@ def _make_plan(
     max_shard_size: str,
     jobs: int | None,
     max_memory: str | None,
+    *,
+    undo: str | None = None,
 ) -> Plan:
+    """The plan of a change of layout; what was in layout `undo` before the folder was made stays in it."""
+    from moeconv.manifest import kept_blocks
     from moeconv.plan import plan
 
     check_layouts(to, layout)
     checkpoint, found, options = _open(source, recipe, layout, include, max_shard_size, jobs, max_memory)
-    return plan(checkpoint, found, to, options)
+    stay = kept_blocks(checkpoint.manifest, undo) if undo is not None else ()
+    return plan(checkpoint, found, to, options._replace(stay=stay))
 
 
 def _open(
@@ -169,12 +174,12 @@ def _show_or_run(
 def _convert(
     source: Path, destination: Path, to: str, recipe: str | None, layout: str | None, include: list[str] | None,
     max_shard_size: str, jobs: int | None, max_memory: str | None, as_json: bool, dry_run: bool, no_fsync: bool,
-    overwrite: bool,
+    overwrite: bool, *, undo: str | None = None,
 ) -> None:  # fmt: skip
     from moeconv.writer import check_destination
 
     check_destination(source, destination)
-    made = _make_plan(source, to, recipe, layout, include, max_shard_size, jobs, max_memory)
+    made = _make_plan(source, to, recipe, layout, include, max_shard_size, jobs, max_memory, undo=undo)
     _show_or_run(made, destination, as_json, dry_run, no_fsync, overwrite)
 
 
@@ -202,7 +207,7 @@ def unpack(
     """Store every expert's matrices as tensors of their own."""
     _convert(
         source, destination, "experts", recipe, layout, include, max_shard_size, jobs, max_memory, as_json, dry_run,
-        no_fsync, overwrite,
+        no_fsync, overwrite, undo="packed",
     )  # fmt: skip
 
 
@@ -278,9 +283,10 @@ def dequantize(
 
 def _plan(
     source: Path, destination: Path | None, to: str, recipe: str | None, layout: str | None,
-    include: list[str] | None, max_shard_size: str, jobs: int | None, max_memory: str | None, as_json: bool,
+    include: list[str] | None, max_shard_size: str, jobs: int | None, max_memory: str | None, as_json: bool, *,
+    undo: str | None = None,
 ) -> None:  # fmt: skip
-    made = _make_plan(source, to, recipe, layout, include, max_shard_size, jobs, max_memory)
+    made = _make_plan(source, to, recipe, layout, include, max_shard_size, jobs, max_memory, undo=undo)
     _show_plan(made, destination or source.resolve().parent, as_json=as_json)
 
 
@@ -301,7 +307,10 @@ def plan_unpack(
     max_memory: MemoryOption = None, as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """What `moeconv unpack` would do."""
-    _plan(source, destination, "experts", recipe, layout, include, max_shard_size, jobs, max_memory, as_json)
+    _plan(
+        source, destination, "experts", recipe, layout, include, max_shard_size, jobs, max_memory, as_json,
+        undo="packed",
+    )  # fmt: skip
 
 
 @plan_app.command("convert", cls=Command)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
 from moeconv.recipe import Recipe
 from moeconv.recipe_file import shipped_folder
+from moeconv.tensors import Shape
 from moeconv.yamldoc import Yaml, nearest, read_yaml
 
-_KEYS = ("engine", "layout", "formats", "model_types", "reads", "why")
+_KEYS = ("engine", "layout", "formats", "model_types", "square", "reads", "why")
 
 
 class Reading(NamedTuple):
@@ -26,6 +27,7 @@ class _Entry(NamedTuple):
     layout: str
     formats: frozenset[str]
     model_types: frozenset[str]
+    square: bool  # speaks only of checkpoints with a square matrix among the experts, whose axes no shape tells apart
     reads: str
     why: str
 
@@ -47,7 +49,7 @@ def _entry(item: Yaml) -> _Entry:
     return _Entry(
         values["engine"].text(), values["layout"].text() if "layout" in values else "",
         frozenset(values["formats"].texts() if "formats" in values else ()), frozenset(values["model_types"].texts()),
-        values["reads"].text(), values["why"].text(),
+        "square" in values and values["square"].text() == "yes", values["reads"].text(), values["why"].text(),
     )  # fmt: skip
 
 
@@ -62,19 +64,21 @@ def model_type_of(config: Mapping[str, Any]) -> str:
     return value if isinstance(value, str) else ""
 
 
-def readings(recipe: Recipe, config: Mapping[str, Any], layout: str) -> tuple[Reading, ...]:
-    """What each known engine makes of a family's checkpoint in a layout."""
+def readings(
+    recipe: Recipe, config: Mapping[str, Any], layout: str, experts: Iterable[Shape] = ()
+) -> tuple[Reading, ...]:
+    """What each known engine makes of a family's checkpoint in a layout; `experts` are the shapes of its experts."""
     engines, table = _entries()
     model_type = model_type_of(config)
     wanted = {layout, recipe.layout(layout)} | {
         name for name in recipe.aliases if recipe.layout(name) == recipe.layout(layout)
     }
+    has_square = any(len(shape) > 1 and shape[-1] == shape[-2] for shape in experts)
     result = []
     for engine in engines:
-        entry = next(
-            (e for e in table if e.engine == engine.split()[0] and e.layout in wanted and model_type in e.model_types),
-            None,
-        )
+        fitting = [e for e in table if e.engine == engine.split()[0] and e.layout in wanted]
+        about = [e for e in fitting if model_type in e.model_types and (has_square or not e.square)]
+        entry = next((e for e in about if e.square), about[0] if about else None)
         result.append(Reading(engine, entry.reads, entry.why) if entry else Reading(engine, "unknown", "not tried"))
     return tuple(result)
 

@@ -36,6 +36,7 @@ def build_manifest(plan: Plan, command: Sequence[str]) -> bytes:
         "layout": plan.layout,
         "source_layout": plan.options.layout,
         "include": list(plan.options.include),
+        "kept": [unit.block for unit in plan.kept] if plan.changes else [],
         "scheme": json.loads(plan.scheme.text) if plan.scheme else None,
         "recipe": {"name": plan.recipe.name, "text": plan.recipe.text},
         "source": {
@@ -65,6 +66,12 @@ def _history(manifest: Mapping[str, Any]) -> list[Any]:
     before = manifest.get("history")
     step = {key: manifest.get(key) for key in ("tool", "command", "layout", "include", "scheme", "source")}
     return [*(before if isinstance(before, list) else []), step]
+
+
+def kept_blocks(manifest: Mapping[str, Any], layout: str) -> tuple[str, ...]:
+    """Blocks that were in `layout` already when the others were brought into it."""
+    kept = manifest.get("kept")
+    return tuple(map(str, kept)) if isinstance(kept, list) and manifest.get("layout") == layout else ()
 
 
 def recipe_of(manifest: Mapping[str, Any]) -> Recipe | None:

@@ -55,6 +55,7 @@ class Options(NamedTuple):
         max_memory: bytes of host memory that the run may use; None for the defaults.
         layout: layout of the source, where headers do not tell.
         include: weight files beside the index that belong to the model.
+        stay: blocks that keep the layout they have.
     """
 
     max_shard_nbytes: int = DEFAULT_SHARD_BYTES
@@ -62,6 +63,7 @@ class Options(NamedTuple):
     max_memory: int | None = None
     layout: str | None = None
     include: tuple[str, ...] = ()
+    stay: tuple[str, ...] = ()
 
 
 class Value(NamedTuple):
@@ -181,9 +183,12 @@ def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | Non
     found = find_units(source, recipe, options.layout)
     problems = list(found.problems)
     goal = recipe.layout(layout)
-    kept = tuple(unit for unit in found.units if _is_already(unit, goal))
+    stays = [unit.block in options.stay or _is_already(unit, goal) for unit in found.units]
+    kept = tuple(unit for unit, is_kept in zip(found.units, stays, strict=True) if is_kept)
     changes = [
-        made for unit in found.units if not _is_already(unit, goal) if (made := change(unit, goal, recipe, problems))
+        made
+        for unit, is_kept in zip(found.units, stays, strict=True)
+        if not is_kept and (made := change(unit, goal, recipe, problems))
     ]
     if not found.units and not problems:
         problems.append(
@@ -203,7 +208,9 @@ def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | Non
     steps: list[Step] = [step for fill in fills for step in steps_of(fill, places[fill.target.name])]
     tasks = tasks_of(steps, [file.path for file in files])
     memory = _memory(source, files, tasks, options)
-    readers = readings(recipe, source.config, layout)
+    shapes = [spec.shape for made in changes for spec in made.targets]
+    shapes += [tensor.spec.shape for unit in kept for tensor in unit.tensors()]
+    readers = readings(recipe, source.config, layout, shapes)
     return Plan(
         source, recipe, layout, options, tuple(changes), kept, found.rest, files, index, tasks, memory, readers,
         (*source_warnings(source, changes), *reader_warnings(readers)), fingerprint_of(source, recipe, layout, options),
@@ -385,6 +392,7 @@ def fingerprint_of(source: Checkpoint, recipe: Recipe, layout: str, options: Opt
         "layout": layout,
         "source_layout": options.layout,
         "max_shard_nbytes": options.max_shard_nbytes,
+        "stay": options.stay,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

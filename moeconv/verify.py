@@ -15,6 +15,7 @@ from moeconv.encoded import decoded_view
 from moeconv.errors import CheckpointError, Problem
 from moeconv.files import Files, Rows
 from moeconv.layouts import find_units
+from moeconv.manifest import kept_blocks
 from moeconv.names import collapse
 from moeconv.plan import Options, Plan, plan
 from moeconv.quantize import plan_dequantize, plan_quantize
@@ -76,7 +77,10 @@ def verify_folder(
     if include:
         source = open_checkpoint(against, files, include)
     said = made.manifest.get("source_layout")
-    options = Options(layout=layout or (said if isinstance(said, str) else None), jobs=jobs, include=include)
+    options = Options(
+        layout=layout or (said if isinstance(said, str) else None), jobs=jobs, include=include,
+        stay=kept_blocks(made.manifest, str(made.manifest.get("layout"))),
+    )  # fmt: skip
     if not made.manifest and recipe is None:
         chosen = select_recipe(source, None, layout)
     if isinstance(scheme, dict):

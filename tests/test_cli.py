@@ -404,3 +404,21 @@ def test_every_command_and_option_has_a_help_text() -> None:
         assert not [p.name for p in command.params if p.name != "help" and not getattr(p, "help", None)]
         pending += getattr(command, "commands", {}).values()
     assert "Exit codes: 0" in succeeds("--help").out
+
+
+def test_unpack_gives_a_source_of_mixed_layouts_back(tmp_path: Path) -> None:
+    """Layers one tensor an expert, an MTP module packed: so they come back, and `convert` brings all into one."""
+    main = experts_layout()
+    mtp = {f"mtp.layers.0{name[14:]}": item for name, item in main.items() if name.startswith("model.layers.0.mlp")}
+    mixed = {**main, **pack_by_hand(mtp)}
+    assert len(mixed) > len(main)
+    source = write_folder(tmp_path / "source", mixed, CONFIG, 3)
+    packed, back, experts = tmp_path / "packed", tmp_path / "back", tmp_path / "experts"
+    succeeds("pack", source, packed)
+    assert read_folder(packed) == pack_by_hand({**main, **mtp})
+    succeeds("unpack", packed, back)
+    assert read_folder(back) == mixed
+    succeeds("convert", packed, experts, "--to", "experts")
+    assert read_folder(experts) == {**main, **mtp}
+    for made, origin in ((packed, source), (back, packed), (experts, packed)):
+        succeeds("verify", made, "--against", origin)
