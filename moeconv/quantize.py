@@ -14,7 +14,8 @@ from math import lcm, prod
 from typing import Any
 
 from moeconv.checkpoint import Checkpoint, Encoded
-from moeconv.encoded import CONFIG_DTYPES, decoded_view
+from moeconv.config_json import Group, groups_of, rewritten
+from moeconv.encoded import decoded_view
 from moeconv.engines import format_readings
 from moeconv.errors import PlanError, Problem, UsageError
 from moeconv.formats import FLOATS, Format
@@ -46,6 +47,8 @@ _RAW_SHARE = 3
 #: Room for each row that is read apart from the others (`worker`).
 _GAP_NBYTES = 64
 WEIGHT = ".weight"
+#: The last number of a name that stands between dots.
+_EXPERT_ID = re.compile(r"(?<=\.)\d+(?=\.(?!.*\.\d+\.))")
 
 
 def plan_quantize(source: Checkpoint, recipe: Recipe, scheme: Scheme, options: Options | None = None) -> Plan:
@@ -103,7 +106,8 @@ class _Planner:
         experts = {fill.target.name for fill in fills}
         fills += [copy_of(tensor) for tensor in found.rest]
         values = self._values(fills, experts)
-        self._check(values, experts, bool(found.units))
+        groups = groups_of((_module(value.fill.target), value.format) for value in values if value.format)
+        self._check(values, groups, experts, bool(found.units))
         if self.problems:
             raise PlanError.of(self.problems)
         files, places, index = place_specs(
@@ -111,9 +115,9 @@ class _Planner:
         )
         steps: list[Step] = [step for value in values for step in self._steps(value, places)]
         tasks = tasks_of(steps, [file.path for file in files])
-        config = self._config(values)
+        config = self._config(values, groups)
         layout = "experts" if changes or not self.quantizes else self._layout(kept)
-        formats = sorted({value.format.name for value in values if value.format})
+        formats = sorted({group.format.name for group in groups})
         readers = format_readings(self.stored.config, formats) if formats else ()
         warnings = [*source_warnings(self.stored, changes), *self._warnings(values), *reader_warnings(readers)]
         return Plan(
@@ -212,7 +216,7 @@ class _Planner:
         parts_ = made.parts(spec.shape, self._dtype(fill))
         return Value(fill, made, tuple((Spec(f"{head}.{p.suffix}", p.dtype, p.shape), p) for p in parts_), decision.why)
 
-    def _check(self, values: Sequence[Value], experts: set[str], has_units: bool) -> None:
+    def _check(self, values: Sequence[Value], groups: Sequence[Group], experts: set[str], has_units: bool) -> None:
         names: set[str] = set()
         for value in values:
             for spec, _ in value.parts:
@@ -223,6 +227,7 @@ class _Planner:
                         )
                     )
                 names.add(spec.name)
+        self._check_experts(values, experts)
         if not self.quantizes:
             if not any(value.source for value in values):
                 self.problems.append(Problem(f"{self.stored.root} is not quantized", "There is nothing to do."))
@@ -243,15 +248,32 @@ class _Planner:
                 )
         if not self.problems and not any(value.format for value in values):
             self.problems.append(Problem("nothing would be quantized", "Loosen --only or --ignore."))
-        methods = {value.format.quant_method for value in values if value.format}
-        settings = {json.dumps(value.format.settings()) for value in values if value.format}
-        if len(methods) > 1 or (methods == {"fp8"} and len(settings) > 1):
+        if len(groups) > 1 and any(group.format.quant_method == "fp8" for group in groups):
             self.problems.append(
                 Problem(
                     "fp8 cannot stand beside another format in one config.json",
                     "Take fp8_dynamic or fp8_block, which can be mixed with the others.",
                 )
             )
+
+    def _check_experts(self, values: Sequence[Value], experts: set[str]) -> None:
+        """Engines hold one matrix of all experts of a layer in one tensor."""
+        formats: dict[str, Format | None] = {}
+        for value in values:
+            name = value.fill.target.name
+            if name not in experts or not _is_matrix(value.fill.target):
+                continue
+            alike = _EXPERT_ID.sub("*", name)
+            first = formats.setdefault(alike, value.format)
+            if first is not value.format and not _same(first, value.format):
+                self.problems.append(
+                    Problem(
+                        f"{name} would be {value.format.name if value.format else 'kept'}, and others of {alike} "
+                        f"{first.name if first else 'kept'}; engines hold the experts of a layer in one tensor",
+                        "Write rules that give all experts of a layer the same.",
+                    )
+                )
+                formats[alike] = value.format
 
     def _steps(self, value: Value, places: Mapping[str, tuple[int, int]]) -> Iterator[Step]:
         fill, stored = value.fill, value.source
@@ -341,65 +363,10 @@ class _Planner:
             lines.append(f"kept because they are not known as linear layers: {', '.join(collapse(unknown)[:6])}")
         return lines
 
-    def _config(self, values: Sequence[Value]) -> bytes | None:
-        """config.json with the `quantization_config` that readers need, or without one."""
-        config = json.loads(json.dumps(self.stored.config))
-        if not config:
-            return None
-        _remove(config)
-        if self.quantizes:
-            config["quantization_config"] = _quantization_config(values)
-        dtype = next((name for name, short in CONFIG_DTYPES.items() if short == self.scheme.dtype), None)
-        if dtype and any(value.source or self._dtype(value.fill) != value.fill.target.dtype for value in values):
-            for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
-                config[key] = dtype
-        return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _remove(config: dict[str, Any]) -> None:
-    for holder in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for key in ("quantization_config", "compression_config"):
-            holder.pop(key, None)
-
-
-def _quantization_config(values: Sequence[Value]) -> dict[str, Any]:
-    """The one for all matrices: `fp8`, or compressed-tensors with a group for each format."""
-    kept = sorted(
-        {_module(value.fill.target) for value in values if value.format is None and _is_layer(value.fill.target)}
-    )
-    formats = {json.dumps(v.format.settings(), sort_keys=True): v.format for v in values if v.format}
-    first = next(iter(formats.values()))
-    if first.quant_method == "fp8":
-        return {"quant_method": "fp8", **first.settings(), "modules_to_not_convert": kept}
-    groups: dict[str, Any] = {}
-    for number, (text, made) in enumerate(formats.items()):
-        modules = [
-            _module(v.fill.target)
-            for v in values
-            if v.format and json.dumps(v.format.settings(), sort_keys=True) == text
-        ]
-        targets = ["Linear"] if len(formats) == 1 else _targets(modules)
-        settings = made.settings()
-        groups[f"group_{number}"] = {
-            "targets": targets,
-            "weights": settings["weights"],
-            "input_activations": settings["input_activations"],
-            "output_activations": None,
-            "format": settings["format"],
-        }
-    kinds = {group["format"] for group in groups.values()}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
-        "quantization_status": "compressed",
-        "ignore": kept,
-        "config_groups": groups,
-    }
-
-
-def _targets(modules: Sequence[str]) -> list[str]:
-    """Regular expressions that name these modules: numbers stand for all numbers."""
-    return sorted({"re:^" + re.sub(r"\d+", r"\\d+", re.escape(module)) + "$" for module in modules})
+    def _config(self, values: Sequence[Value], groups: Sequence[Group]) -> bytes | None:
+        kept = [_module(v.fill.target) for v in values if v.format is None and _is_layer(v.fill.target)]
+        is_cast = any(value.source or self._dtype(value.fill) != value.fill.target.dtype for value in values)
+        return rewritten(self.stored.config, groups, kept, self.scheme.dtype if is_cast else None)
 
 
 def _is_layer(spec: Spec) -> bool:

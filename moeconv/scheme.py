@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 from typing import Any, NamedTuple
 
 from moeconv.errors import Problem, RecipeError, UsageError
@@ -215,6 +215,8 @@ class Decider:
     def __init__(self, scheme: Scheme, layers: int | None) -> None:
         self._scheme = scheme
         self._defaults = load_defaults()
+        # One expression with a group for each pattern: models have tens of thousands of names.
+        self._keep = re.compile("|".join(f"({translate(pattern)})" for pattern in self._defaults.keep))
         self._layers = layers
         self._used: set[FormatRule | str] = set()
 
@@ -237,9 +239,9 @@ class Decider:
         layer = _LAYER.search(module)
         if layer and self._layers is not None and int(layer[1]) >= self._layers:
             return Decision(None, f"layer {layer[1]} is beyond the model's {self._layers} (it predicts further tokens)")
-        for pattern in self._defaults.keep:
-            if fnmatchcase(module, pattern):
-                return Decision(None, f"kept by default: {pattern}")
+        kept = self._keep.match(module)
+        if kept and kept.lastindex:
+            return Decision(None, f"kept by default: {self._defaults.keep[kept.lastindex - 1]}")
         if is_expert or module.rsplit(".", 1)[-1] in self._defaults.linear:
             return Decision(scheme.default, "expert" if is_expert else "linear layer")
         return Decision(None, "not known as a linear layer that engines quantize")

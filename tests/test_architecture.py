@@ -17,9 +17,9 @@ MODULES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in P
 ORDER = [
     "__init__", "errors", "files", "tensors", "dims", "names", "ops", "yamldoc", "recipe", "recipe_file", "header",
     "formats.format", "formats.strips", "formats.fp8", "formats.integers",
-    "formats", "checkpoint", "encoded", "layouts", "moves", "steps", "engines", "scheme", "plan", "quantize", "explain",
-    "manifest", "selection", "worker", "writer", "executor", "verify", "inspect", "progress", "options", "cli",
-    "__main__",
+    "formats", "checkpoint", "encoded", "config_json", "layouts", "moves", "steps", "engines", "scheme", "plan",
+    "quantize", "explain", "manifest", "selection", "worker", "writer", "executor", "verify", "inspect", "progress",
+    "options", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,48 @@ def test_rules_give_parts_of_a_model_different_formats(sources: dict[str, Path],
     wanted = decoded(made)
     gate = wanted["model.layers.1.mlp.experts.3.gate_proj.weight"].to(torch.bfloat16)
     assert torch.equal(model.get_parameter("model.layers.1.mlp.experts.gate_up_proj")[3, :128], gate)
+
+
+def test_rules_for_single_layers_become_groups_that_do_not_overlap(sources: dict[str, Path], tmp_path: Path) -> None:
+    """Layer 0's experts have other formats than layer 1's, and q, k, v and o of one layer are kept."""
+    rules = tmp_path / "layers.yaml"
+    rules.write_text(
+        "about: layers\nquantize:\n"
+        '  - {match: "*.layers.1.self_attn.*", format: keep}\n'
+        '  - {match: "*.layers.1.*.experts.*", format: w4a16, group_size: 32}\n'
+        '  - {match: "*.experts.*", format: w8a16, group_size: 64}\n'
+        '  - {match: "*.self_attn.*", format: w8a16, group_size: 64}\n'
+    )
+    made = tmp_path / "made"
+    succeeds("quantize", sources["mixtral"], made, "--recipe", rules)
+    config = config_of(made)["quantization_config"]
+    stored = folder_tensors(made)
+    modules = {name.removesuffix(".weight_packed") for name in stored if name.endswith(".weight_packed")}
+    for module in modules:
+        (bits,) = (
+            group["weights"]["num_bits"]
+            for group in config["config_groups"].values()
+            if any(re.match(target.removeprefix("re:"), module) for target in group["targets"])
+        )
+        assert bits == (4 if ".layers.1." in module and ".experts." in module else 8), module
+    assert "model.layers.1.self_attn.q_proj" in config["ignore"]
+    assert sum(len(group["targets"]) for group in config["config_groups"].values()) == 3 + 3 + 4
+    model = transformers.AutoModelForCausalLM.from_pretrained(made, dtype=torch.bfloat16)
+    wanted = decoded(made)
+    for layer in range(2):
+        module = f"model.layers.{layer}.block_sparse_moe.experts.3.w2.weight"
+        held = model.get_parameter(f"model.layers.{layer}.mlp.experts.down_proj")[3]
+        assert torch.equal(held, wanted[module].to(torch.bfloat16)), module
+
+
+@pytest.mark.parametrize("pattern", ["*.experts.3.*", "*.layers.1.*.experts.0.w2"])
+def test_single_experts_cannot_have_a_format_of_their_own(
+    sources: dict[str, Path], tmp_path: Path, pattern: str
+) -> None:
+    target = tmp_path / "made"
+    message = refused("quantize", sources["mixtral"], target, "--format", "w4a16", "--ignore", pattern, within=tmp_path)
+    assert "engines hold the experts of a layer in one tensor" in message
+    assert "Write rules that give all experts of a layer the same." in message
 
 
 @pytest.fixture

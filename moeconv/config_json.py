@@ -1,0 +1,112 @@
+"""config.json of a checkpoint whose matrices change: the `quantization_config` that readers need, and the dtype."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from moeconv.encoded import CONFIG_DTYPES
+from moeconv.formats import Format
+
+
+class Group(NamedTuple):
+    """Modules whose matrices have one format."""
+
+    format: Format
+    modules: tuple[str, ...]
+
+
+def groups_of(formats: Iterable[tuple[str, Format]]) -> list[Group]:
+    """Modules by what config.json says of their format; how scales were chosen or stored is not said there."""
+    text_of: dict[int, str] = {}
+    found: dict[str, tuple[Format, list[str]]] = {}
+    for module, made in formats:
+        text = text_of.get(id(made))
+        if text is None:
+            text = text_of[id(made)] = made.quant_method + json.dumps(made.settings(), sort_keys=True)
+        found.setdefault(text, (made, []))[1].append(module)
+    return [Group(made, tuple(modules)) for made, modules in found.values()]
+
+
+def rewritten(
+    config: Mapping[str, Any], groups: Sequence[Group], kept: Iterable[str], dtype: str | None
+) -> bytes | None:
+    """The file's new content.
+
+    Args:
+        config: what it says now.
+        groups: what is quantized; none for a checkpoint in full precision.
+        kept: linear modules that are not quantized.
+        dtype: of the matrices, where it changes.
+
+    Returns:
+        None where there is no config.json.
+    """
+    if not config:
+        return None
+    made = json.loads(json.dumps(config))
+    for holder in (made, *(value for value in made.values() if isinstance(value, dict))):
+        for key in ("quantization_config", "compression_config"):
+            holder.pop(key, None)
+    if groups:
+        made["quantization_config"] = _quantization_config(groups, sorted(set(kept)))
+    name = next((name for name, short in CONFIG_DTYPES.items() if short == dtype), None)
+    if name:
+        for key in [key for key in ("dtype", "torch_dtype") if key in made] or ["dtype"]:
+            made[key] = name
+    return (json.dumps(made, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _quantization_config(groups: Sequence[Group], kept: Sequence[str]) -> dict[str, Any]:
+    """The one for all matrices: `fp8`, or compressed-tensors with a group for each format."""
+    first = groups[0].format
+    if first.quant_method == "fp8":
+        return {"quant_method": "fp8", **first.settings(), "modules_to_not_convert": kept}
+    targets = [["Linear"]] if len(groups) == 1 else _targets([group.modules for group in groups])
+    said = {}
+    for number, (group, named) in enumerate(zip(groups, targets, strict=True)):
+        settings = group.format.settings()
+        said[f"group_{number}"] = {
+            "targets": named,
+            "weights": settings["weights"],
+            "input_activations": settings["input_activations"],
+            "output_activations": None,
+            "format": settings["format"],
+        }
+    kinds = {group["format"] for group in said.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "ignore": list(kept),
+        "config_groups": said,
+    }
+
+
+def _targets(groups: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Regular expressions for the modules of each group that name no module of another.
+
+    A number stands for all numbers where that is so, else the first one (the layer) for itself, else every one.
+    """
+    levels = (0, 1, sys.maxsize)
+    taken = [Counter(form for modules in groups for form in {_form(m, level) for m in modules}) for level in levels]
+    return [
+        sorted(
+            {
+                next(form for level, forms in zip(levels, taken, strict=True) if forms[form := _form(m, level)] == 1)
+                for m in modules
+            }
+        )
+        for modules in groups
+    ]
+
+
+def _form(module: str, fixed: int) -> str:
+    """A module's name as a regular expression in which all numbers but the first `fixed` ones are free."""
+    words = module.split(".")
+    free = [at for at, word in enumerate(words) if word.isdecimal()][fixed:]
+    return "re:^" + r"\.".join(r"\d+" if at in free else re.escape(word) for at, word in enumerate(words)) + "$"
