@@ -11,7 +11,10 @@ from moeconv.recipe_file import shipped_folder
 from moeconv.tensors import Shape
 from moeconv.yamldoc import Yaml, nearest, read_yaml
 
-_KEYS = ("engine", "layout", "formats", "model_types", "square", "reads", "why")
+#: What `when` can say: a matrix of an expert is square, so that no shape tells its axes apart; or not all experts have
+#: the same format.
+_WHEN = ("square experts", "mixed experts")
+_KEYS = ("engine", "layout", "formats", "model_types", "when", "reads", "why")
 
 
 class Reading(NamedTuple):
@@ -27,7 +30,7 @@ class _Entry(NamedTuple):
     layout: str
     formats: frozenset[str]
     model_types: frozenset[str]
-    square: bool  # speaks only of checkpoints with a square matrix among the experts, whose axes no shape tells apart
+    when: str  # empty, or what a checkpoint must be for the entry to speak of it
     reads: str
     why: str
 
@@ -46,10 +49,13 @@ def _entry(item: Yaml) -> _Entry:
         if key.text() not in _KEYS:
             raise key.error(f"unknown key {key.text()!r}", nearest(key.text(), _KEYS))
         values[key.text()] = value
+    when = values.get("when")
+    if when is not None and when.text() not in _WHEN:
+        raise when.error(f"{when.text()!r} is no condition", nearest(when.text(), _WHEN))
     return _Entry(
         values["engine"].text(), values["layout"].text() if "layout" in values else "",
         frozenset(values["formats"].texts() if "formats" in values else ()), frozenset(values["model_types"].texts()),
-        "square" in values and values["square"].text() == "yes", values["reads"].text(), values["why"].text(),
+        values["when"].text() if "when" in values else "", values["reads"].text(), values["why"].text(),
     )  # fmt: skip
 
 
@@ -77,14 +83,20 @@ def readings(
     result = []
     for engine in engines:
         fitting = [e for e in table if e.engine == engine.split()[0] and e.layout in wanted]
-        about = [e for e in fitting if model_type in e.model_types and (has_square or not e.square)]
-        entry = next((e for e in about if e.square), about[0] if about else None)
+        about = [e for e in fitting if model_type in e.model_types and (has_square or not e.when)]
+        entry = next((e for e in about if e.when), about[0] if about else None)
         result.append(Reading(engine, entry.reads, entry.why) if entry else Reading(engine, "unknown", "not tried"))
     return tuple(result)
 
 
-def format_readings(config: Mapping[str, Any], formats: Collection[str]) -> tuple[Reading, ...]:
-    """What each known engine makes of a family's checkpoint quantized in these formats: the worst of them."""
+def format_readings(config: Mapping[str, Any], formats: Collection[str], has_mixed: bool) -> tuple[Reading, ...]:
+    """What each known engine makes of a family's checkpoint quantized in these formats: the worst of them.
+
+    Args:
+        config: config.json.
+        formats: their names.
+        has_mixed: not all experts have the same.
+    """
     engines, table = _entries()
     model_type = model_type_of(config)
     result = []
@@ -94,11 +106,15 @@ def format_readings(config: Mapping[str, Any], formats: Collection[str]) -> tupl
                 (
                     Reading(engine, entry.reads, entry.why)
                     for entry in table
-                    if entry.engine == engine.split()[0] and name in entry.formats and model_type in entry.model_types
+                    if entry.engine == engine.split()[0]
+                    and name in entry.formats
+                    and model_type in entry.model_types
+                    and entry.when == when
                 ),
                 Reading(engine, "unknown", "not tried"),
             )
             for name in formats
+            for when in ("", "mixed experts")[: 1 + has_mixed]
         ]
         result.append(min(found, key=lambda reading: ("no", "unknown", "yes").index(reading.reads)))
     return tuple(result)

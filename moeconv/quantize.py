@@ -118,7 +118,10 @@ class _Planner:
         config = self._config(values, groups)
         layout = "experts" if changes or not self.quantizes else self._layout(kept)
         formats = sorted({group.format.name for group in groups})
-        readers = format_readings(self.stored.config, formats) if formats else ()
+        of_experts = groups_of(
+            (v.fill.target.name, v.format) for v in values if v.format and v.fill.target.name in experts
+        )
+        readers = format_readings(self.stored.config, formats, len(of_experts) > 1) if formats else ()
         warnings = [*source_warnings(self.stored, changes), *self._warnings(values), *reader_warnings(readers)]
         return Plan(
             self.source, self.recipe, layout, self.options, tuple(changes), tuple(kept), found.rest, files, index,

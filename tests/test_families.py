@@ -120,7 +120,7 @@ def test_sharding_and_seed_do_not_matter(seed: int, max_shard_size: str, tmp_pat
 OTHER_LAYOUTS = [
     (entry.layout, model_type, entry.reads)
     for entry in entries()
-    if entry.engine == "transformers" and entry.layout not in ("", "packed") and not entry.square
+    if entry.engine == "transformers" and entry.layout not in ("", "packed") and not entry.when
     for model_type in sorted(entry.model_types)
 ]
 
