@@ -7,9 +7,10 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED = $(VENV)/.installed
 INSTALLED_FOR_TESTS = $(VENV)/.installed-for-tests
 VLLM_VENV ?= .venv-vllm
+LLMCOMPRESSOR_VENV ?= .venv-llmcompressor
 BENCH_DIR ?= build/bench
 
-.PHONY: demo install test check lint type fmt test-vllm bench bench-memory clean
+.PHONY: demo install test check lint type fmt test-vllm bench bench-memory bench-llmcompressor golden clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -60,5 +61,18 @@ bench: $(INSTALLED)
 bench-memory: $(INSTALLED)
 	$(BIN)/python tests/bench/memory.py $(BENCH_DIR)
 
+# llm-compressor wants other versions too (1.5 GB). Takes about ten minutes.
+bench-llmcompressor: $(INSTALLED) $(LLMCOMPRESSOR_VENV)/.installed
+	$(BIN)/python tests/bench/llmcompressor.py $(BENCH_DIR) $(LLMCOMPRESSOR_VENV)/bin/python
+
+# Writes anew what llm-compressor makes of the sources of tests/test_golden.py.
+golden: $(LLMCOMPRESSOR_VENV)/.installed
+	$(LLMCOMPRESSOR_VENV)/bin/python tests/golden/make_llmcompressor.py
+
+$(LLMCOMPRESSOR_VENV)/.installed: tests/requirements-llmcompressor.txt
+	$(PYTHON) -m venv $(LLMCOMPRESSOR_VENV)
+	$(LLMCOMPRESSOR_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(LLMCOMPRESSOR_VENV) build .pytest_cache .mypy_cache .ruff_cache

@@ -62,6 +62,22 @@ def _torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def _not_finite(step: Transcode, tile: torch.Tensor, first: int, last: int) -> CheckpointError:
+    """Why a scale of these rows is not finite: the rows are not, or a range has no width in their dtype."""
+    import torch
+
+    name = step.encoder.name if step.encoder else ""
+    if bool(torch.isfinite(tile).all()):
+        return CheckpointError(
+            f"{step.name} holds finite values too large for {name} in rows {first} to {last - 1}",
+            "Choose a symmetric format for it, or keep it with --ignore.",
+        )
+    return CheckpointError(
+        f"{step.name} holds NaN or infinite values in rows {first} to {last - 1}",
+        "Repair the checkpoint, or count them as zero with --allow-nonfinite.",
+    )
+
+
 class OpenFiles:
     """Source files by number, opened when needed; at most a few at once. For one thread."""
 
@@ -154,10 +170,7 @@ class Worker:
                 tile = torch.nan_to_num(tile, nan=0.0, posinf=0.0, neginf=0.0)
             made = step.encoder.encode(tile) if step.encoder else (tile,)
             if step.encoder and not bool(torch.isfinite(made[1].float()).all()):
-                raise CheckpointError(
-                    f"{step.name} holds NaN or infinite values in rows {first} to {last - 1}",
-                    "Repair the checkpoint, or count them as zero with --allow-nonfinite.",
-                )
+                raise _not_finite(step, tile, first, last)
             for part, tensor in zip(step.targets, made, strict=True):
                 at, _ = part.bounds(first, last)
                 content = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

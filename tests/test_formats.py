@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -13,11 +13,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("compressed_tensors")
 pytest.importorskip("transformers")
 
-from compressed_tensors.compressors import BaseCompressor  # type: ignore[import-untyped]
 from compressed_tensors.compressors.format import infer_module_format  # type: ignore[import-untyped]
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # type: ignore[import-untyped]
 from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme  # type: ignore[import-untyped]
-from compressed_tensors.quantization.utils import calculate_qparams, maybe_pad_tensor_for_block_quant  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,17 +23,22 @@ from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
 from moeconv.formats import FLOATS, FORMATS, Format, format_name, make_format
+from tests.compressed import (
+    PRESETS,
+    compressor_of,
+    in_float32,
+    reference_compressed,
+    reference_decompressed,
+    reference_parameters,
+    settings_of,
+    squared_error,
+)
 
 TORCH_DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
-#: The preset of compressed-tensors that each format is.
-PRESETS = {
-    "fp8_dynamic": "FP8_DYNAMIC", "fp8_block": "FP8_BLOCK", "w8a8": "W8A8",
-    "w4a16": "W4A16", "w8a16": "W8A16", "w4a16_asym": "W4A16_ASYM",
-}  # fmt: skip
 
 
 class Choice(NamedTuple):
@@ -162,10 +165,6 @@ def assert_same(ours: Tensor, reference: Tensor, what: str) -> None:
     assert not differing, f"{what}: {differing} of {ours.nbytes} bytes differ"
 
 
-def squared_error(decoded: Tensor, source: Tensor) -> float:
-    return float((decoded.double() - source.double()).square().sum())
-
-
 # --- transformers
 
 
@@ -225,58 +224,6 @@ def test_every_power_of_two_that_a_scale_can_be_is_exact() -> None:
 
 
 # --- compressed-tensors
-
-
-def compressor_of(scheme: QuantizationScheme) -> type[BaseCompressor]:
-    name = infer_module_format(torch.nn.Linear, scheme).value
-    compressor: type[BaseCompressor] = BaseCompressor.get_value_from_registry(name)
-    return compressor
-
-
-def reference_parameters(scheme: QuantizationScheme, matrix: Tensor) -> dict[str, Tensor]:
-    """Scales, and zero points where the scheme has them, from extremes as compressed-tensors' observers see them."""
-    weights = scheme.weights
-    if weights.strategy == "block":
-        height, width = weights.block_structure
-        padded = maybe_pad_tensor_for_block_quant(matrix, (height, width))
-        rows, columns = padded.shape
-        blocks = padded.reshape(rows // height, height, columns // width, width)
-        pieces = blocks.transpose(1, 2).flatten(2)
-    else:
-        pieces = matrix.reshape(matrix.shape[0], -1, weights.group_size or matrix.shape[1])
-    scale, zero = calculate_qparams(pieces.amin(-1), pieces.amax(-1), weights)
-    # Without force_zero_point, as llm-compressor's model_free has it, a symmetric scheme has no zero points at all:
-    # to add zeros would make positive ones of negative zeros.
-    return {"weight_scale": scale} if weights.symmetric else {"weight_scale": scale, "weight_zero_point": zero}
-
-
-def reference_compressed(scheme: QuantizationScheme, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Any:
-    return compressor_of(scheme).compress({"weight": matrix, **parameters}, scheme)
-
-
-def reference_decompressed(scheme: QuantizationScheme, parts: Mapping[str, Tensor]) -> Tensor:
-    """In float32: the scale's dtype is the one that compressed-tensors multiplies in."""
-    widened = {**parts, "weight_scale": parts["weight_scale"].float()}
-    if "weight_zero_point" in parts:
-        # compressed-tensors 0.20 cannot view a single row of words as bytes once it is transposed; it reads no second.
-        widened["weight_zero_point"] = torch.nn.functional.pad(parts["weight_zero_point"], (0, 0, 0, 1))
-    decoded: Tensor = compressor_of(scheme).decompress(widened, scheme)["weight"]
-    return decoded
-
-
-def in_float32(scheme: QuantizationScheme, matrix: Tensor) -> dict[str, Tensor]:
-    """What compressed-tensors makes of a matrix, with its division in float32.
-
-    On a CPU compressed-tensors divides in the dtype of the weights, so that quotients are rounded twice: about 3 % of
-    FP8 codes, 9 % of INT8 and 1 % of INT4 differ for BF16. Its kernels for GPUs divide in float32 by the very same
-    scale. Its own code does so too if it gets float32, here with scale and zero point from the original dtype.
-    """
-    parameters = reference_parameters(scheme, matrix)
-    widened = {**parameters, "weight_scale": parameters["weight_scale"].float()}
-    return {
-        **reference_compressed(scheme, matrix.float(), widened),
-        "weight_scale": parameters["weight_scale"],
-    }
 
 
 @of_compressed
@@ -347,13 +294,7 @@ def test_codes_and_zero_points_are_packed_as_compressed_tensors_packs(bits: int,
 @of_compressed
 def test_settings_are_those_of_the_preset(choice: Choice) -> None:
     ours, preset = QuantizationScheme(**choice.make().settings(), targets=["Linear"]), choice.scheme()
-    fields = ("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "actorder",
-              "scale_dtype", "zp_dtype")  # fmt: skip
-    for of in ("weights", "input_activations", "output_activations"):
-        mine, its = getattr(ours, of), getattr(preset, of)
-        assert (mine is None) == (its is None), of
-        if mine is not None:
-            assert {field: getattr(mine, field) for field in fields} == {field: getattr(its, field) for field in fields}
+    assert settings_of(ours) == settings_of(preset)
     assert ours.format == infer_module_format(torch.nn.Linear, preset).value
 
 

@@ -338,6 +338,21 @@ def test_a_value_that_is_no_number_stops_the_run(
     assert torch.isfinite(decoded(tmp_path / "made")[expert]).all()
 
 
+def test_numbers_too_far_apart_for_a_zero_point_are_not_called_infinite(
+    sources: dict[str, Path], tmp_path: Path, values: dict[str, torch.Tensor]
+) -> None:
+    """Both are finite, the distance between them is not in BF16; to take infinities as zero would not help."""
+    expert = expert_of(values)
+    values[expert][5, 7], values[expert][5, 8] = 3e38, -3e38
+    source = save(tmp_path / "source", values, config_of(sources["mixtral"]))
+    for options in ([], ["--allow-nonfinite", "--overwrite"]):
+        result = run("quantize", source, tmp_path / "made", "--format", "w4a16_asym", *options)
+        assert result.code == 1
+        assert f"{expert} holds finite values too large for w4a16_asym in rows" in result.err
+        assert "--allow-nonfinite" not in result.err
+    succeeds("quantize", source, tmp_path / "symmetric", "--format", "w4a16")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

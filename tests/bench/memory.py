@@ -9,7 +9,6 @@ than its plan, or more than 150 MB plus 4 KB for each tensor name.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,18 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.bench import sources
+from tests.bench.timing import MOECONV, run
 
-MOECONV = str(Path(sys.executable).with_name("moeconv"))
 LIMIT_BYTES, LIMIT_NAME_BYTES = 150_000_000, 4_000
-
-
-def peak_rss(command: list[str]) -> int:
-    """Bytes that a command held at most, interpreter and libraries included."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed")
-    return usage.ru_maxrss * 1024
 
 
 def measure(what: str, command: str, source: Path, output: Path, *options: str) -> None:
@@ -38,7 +28,7 @@ def measure(what: str, command: str, source: Path, output: Path, *options: str) 
     planned = json.loads(subprocess.check_output([MOECONV, "plan", command, str(source), "--json", *options]))
     names = sum(file["tensors"] for file in planned["files"])
     names = max(names, sum(group["tensors_in"] for group in planned["groups"]))
-    peak = peak_rss([MOECONV, command, str(source), str(output), "--no-fsync", *options])
+    peak = run([MOECONV, command, str(source), str(output), "--no-fsync", *options]).peak_bytes
     print(
         f"{what:<34} {planned['bytes_in'] / 1e9:5.2f} GB {names:6,} names   "
         f"peak {peak / 1e6:6.1f} MB   planned {planned['peak_memory_bytes'] / 1e6:6.1f} MB",

@@ -9,49 +9,26 @@ against `cp` followed by `sync -f`.
 
 from __future__ import annotations
 
-import compileall
 import os
-import shutil
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.bench import sources
-
-MOECONV = [str(Path(sys.executable).with_name("moeconv"))]
-
-
-def seconds(command: list[str], output: Path) -> float:
-    """Wall time of a command that writes `output`, from a clean and quiet disk."""
-    shutil.rmtree(output, ignore_errors=True)
-    os.sync()
-    began = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - began
-
-
-def warm(folder: Path) -> None:
-    """Bring a folder into the page cache."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            while file.read(16 << 20):
-                pass
+from tests.bench.timing import MOECONV, compile_moeconv, in_turn, quartiles, warm
 
 
 def compare(what: str, ours: list[str], copy: list[str], source: Path, output: Path, pairs: int) -> None:
     """Run the two in turn and print their ratio."""
     warm(source)
-    own, other = [], []
-    for pair in range(pairs):
-        for command, times in ((ours, own), (copy, other)) if pair % 2 else ((copy, other), (ours, own)):
-            times.append(seconds(command, output))
-    shutil.rmtree(output)
-    ratios = [a / b for a, b in zip(own, other, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    times: dict[str, list[float]] = {"ours": [], "copy": []}
+    for name, one in in_turn({"ours": ours, "copy": copy}, output, pairs):
+        times[name].append(one.seconds)
+    own, other = times.values()
+    low, middle, high = quartiles([a / b for a, b in zip(own, other, strict=True)])
     print(
         f"{what:<24} {statistics.median(own):6.2f} s   copy {statistics.median(other):6.2f} s   "
         f"ratio {middle:.2f} ({low:.2f} to {high:.2f}, {pairs} pairs)",
@@ -61,19 +38,19 @@ def compare(what: str, ours: list[str], copy: list[str], source: Path, output: P
 
 def quantize(folder: Path, pairs: int) -> None:
     """Quantize 2.7 GB against a copy of the source, without fsync."""
-    source = folder / "qwen3-small"
+    source = folder / "qwen3-2-layers"
     nbytes = sources.write(source, sources.qwen3(2), sources.QWEN3_30B_A3B)
     print(f"{nbytes / 1e9:.2f} GB to quantize")
     copy = ["cp", "-r", "--reflink=never", str(source), str(folder / "output")]
     for name in ("fp8", "fp8_dynamic", "fp8_block", "w8a8", "w4a16", "w4a16_asym"):
-        ours = [*MOECONV, "quantize", str(source), str(folder / "output"), "--format", name, "--no-fsync"]
+        ours = [MOECONV, "quantize", str(source), str(folder / "output"), "--format", name, "--no-fsync"]
         compare(f"quantize {name}", ours, copy, source, folder / "output", pairs)
 
 
 def main() -> None:
     """Pack and unpack, without and with fsync; quantize."""
     folder = Path(sys.argv[1])
-    compileall.compile_dir(Path(__file__).parents[2] / "moeconv", quiet=1)  # as in an installed package
+    compile_moeconv()
     pairs = int(sys.argv[2]) if len(sys.argv) > 2 else 9
     layers = int(sys.argv[3]) if len(sys.argv) > 3 else 4
     source, packed, output = folder / "qwen3", folder / "qwen3-packed", folder / "output"
@@ -81,12 +58,12 @@ def main() -> None:
     print(f"{nbytes / 1e9:.2f} GB of Qwen3-30B-A3B matrix sizes, {os.cpu_count()} cores")
     for what, start in (("pack", source), ("unpack", packed)):
         for mode, options in (("--no-fsync", ["--no-fsync"]), ("with fsync", [])):
-            ours = [*MOECONV, what, str(start), str(output), *options]
+            ours = [MOECONV, what, str(start), str(output), *options]
             copy = ["cp", "-r", "--reflink=never", str(start), str(output)]
             if not options:
                 copy = ["sh", "-c", f"cp -r '{start}' '{output}' && sync -f '{output}'"]
             if start is packed and not packed.exists():
-                subprocess.run([*MOECONV, "pack", str(source), str(packed)], check=True, stdout=subprocess.DEVNULL)
+                subprocess.run([MOECONV, "pack", str(source), str(packed)], check=True, stdout=subprocess.DEVNULL)
             compare(f"{what} {mode}", ours, copy, start, output, pairs)
     quantize(folder, pairs)
 
