@@ -5,22 +5,18 @@ Exit codes: 0 done or already up to date, 1 cannot, 2 the command line is wrong,
 
 from __future__ import annotations
 
-import gc
-import io
-import os
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moeconv import __version__
-from moeconv.errors import MoeconvError
 from moeconv.options import (
     Command,
     Destination,
+    DeviceOption,
     DryRunOption,
     DtypeOption,
     FormatOption,
@@ -43,10 +39,12 @@ from moeconv.options import (
     Source,
     ToOption,
     Ue8m0Option,
+    VramOption,
     check_layouts,
     parse_dtype,
     parse_size,
 )  # fmt: skip
+from moeconv.process import run_process
 
 if TYPE_CHECKING:
     from moeconv.checkpoint import Checkpoint
@@ -69,8 +67,6 @@ plan_app = typer.Typer(
 recipes_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None, help="List, show and check recipes.")
 app.add_typer(plan_app, name="plan")
 app.add_typer(recipes_app, name="recipes")
-
-INTERRUPTED = 130
 
 
 def _make_plan(
@@ -97,10 +93,11 @@ def _make_plan(
 
 def _open(
     source: Path, recipe: str | None, layout: str | None, include: Sequence[str] | None, max_shard_size: str,
-    jobs: int | None, max_memory: str | None,
+    jobs: int | None, max_memory: str | None, device: str = "cpu", max_vram: str | None = None,
 ) -> tuple[Checkpoint, Recipe, Options]:  # fmt: skip
     """The checkpoint, its recipe, and the options of every command that writes."""
     from moeconv.checkpoint import open_checkpoint
+    from moeconv.device import find_devices
     from moeconv.plan import Options
     from moeconv.selection import select_recipe
 
@@ -109,6 +106,8 @@ def _open(
         max_shard_nbytes=parse_size(max_shard_size, "--max-shard-size"),
         jobs=jobs,
         max_memory=parse_size(max_memory, "--max-memory") if max_memory is not None else None,
+        devices=find_devices(device),
+        max_vram=parse_size(max_vram, "--max-vram") if max_vram is not None else None,
         layout=layout,
         include=tuple(include or ()),
     )
@@ -229,7 +228,7 @@ def _plan_quantize(
     source: Path, recipe: str | None, layout: str | None, include: Sequence[str] | None, max_shard_size: str,
     jobs: int | None, max_memory: str | None, format_: str | None, ignore: Sequence[str] | None,
     only: Sequence[str] | None, group_size: int | None, scale: str | None, ue8m0: bool, dtype: str | None,
-    allow_nonfinite: bool,
+    allow_nonfinite: bool, device: str, max_vram: str | None,
 ) -> Plan:  # fmt: skip
     from moeconv.quantize import plan_quantize
     from moeconv.scheme import build_scheme
@@ -239,7 +238,9 @@ def _plan_quantize(
         format_, {name: value for name, value in wanted.items() if value is not None}, recipe, tuple(ignore or ()),
         tuple(only or ()), parse_dtype(dtype), allow_nonfinite,
     )  # fmt: skip
-    checkpoint, found, options = _open(source, recipe, layout, include, max_shard_size, jobs, max_memory)
+    checkpoint, found, options = _open(
+        source, recipe, layout, include, max_shard_size, jobs, max_memory, device, max_vram
+    )  # fmt: skip
     return plan_quantize(checkpoint, found, scheme, options)
 
 
@@ -250,8 +251,8 @@ def quantize(
     ue8m0: Ue8m0Option = False, dtype: DtypeOption = None, allow_nonfinite: NonfiniteOption = False,
     recipe: RecipeOption = None, layout: LayoutOption = None, include: IncludeOption = None,
     max_shard_size: ShardOption = "5GB", jobs: JobsOption = None, max_memory: MemoryOption = None,
-    as_json: JsonOption = False, dry_run: DryRunOption = False, no_fsync: NoFsyncOption = False,
-    overwrite: OverwriteOption = False,
+    device: DeviceOption = "auto", max_vram: VramOption = None, as_json: JsonOption = False,
+    dry_run: DryRunOption = False, no_fsync: NoFsyncOption = False, overwrite: OverwriteOption = False,
 ) -> None:  # fmt: skip
     """Store matrices with fewer bits: experts and linear layers, unless rules say otherwise."""
     from moeconv.writer import check_destination
@@ -259,7 +260,7 @@ def quantize(
     check_destination(source, destination)
     made = _plan_quantize(
         source, recipe, layout, include, max_shard_size, jobs, max_memory, format_, ignore, only, group_size,
-        scale, ue8m0, dtype, allow_nonfinite,
+        scale, ue8m0, dtype, allow_nonfinite, device, max_vram,
     )  # fmt: skip
     _show_or_run(made, destination, as_json, dry_run, no_fsync, overwrite)
 
@@ -268,15 +269,18 @@ def quantize(
 def dequantize(
     source: Source, destination: Destination, dtype: DtypeOption = None, recipe: RecipeOption = None,
     layout: LayoutOption = None, include: IncludeOption = None, max_shard_size: ShardOption = "5GB",
-    jobs: JobsOption = None, max_memory: MemoryOption = None, as_json: JsonOption = False,
-    dry_run: DryRunOption = False, no_fsync: NoFsyncOption = False, overwrite: OverwriteOption = False,
+    jobs: JobsOption = None, max_memory: MemoryOption = None, device: DeviceOption = "auto",
+    max_vram: VramOption = None, as_json: JsonOption = False, dry_run: DryRunOption = False,
+    no_fsync: NoFsyncOption = False, overwrite: OverwriteOption = False,
 ) -> None:  # fmt: skip
     """Decode quantized matrices to full precision; layouts stay as they are."""
     from moeconv.quantize import plan_dequantize
     from moeconv.writer import check_destination
 
     check_destination(source, destination)
-    checkpoint, found, options = _open(source, recipe, layout, include, max_shard_size, jobs, max_memory)
+    checkpoint, found, options = _open(
+        source, recipe, layout, include, max_shard_size, jobs, max_memory, device, max_vram
+    )  # fmt: skip
     made = plan_dequantize(checkpoint, found, parse_dtype(dtype), options)
     _show_or_run(made, destination, as_json, dry_run, no_fsync, overwrite)
 
@@ -330,12 +334,12 @@ def plan_quantize_command(
     ue8m0: Ue8m0Option = False, dtype: DtypeOption = None, allow_nonfinite: NonfiniteOption = False,
     recipe: RecipeOption = None, layout: LayoutOption = None, include: IncludeOption = None,
     max_shard_size: ShardOption = "5GB", jobs: JobsOption = None, max_memory: MemoryOption = None,
-    as_json: JsonOption = False,
+    device: DeviceOption = "auto", max_vram: VramOption = None, as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """What `moeconv quantize` would do."""
     made = _plan_quantize(
         source, recipe, layout, include, max_shard_size, jobs, max_memory, format_, ignore, only, group_size,
-        scale, ue8m0, dtype, allow_nonfinite,
+        scale, ue8m0, dtype, allow_nonfinite, device, max_vram,
     )  # fmt: skip
     _show_plan(made, destination or source.resolve().parent, as_json=as_json)
 
@@ -447,50 +451,6 @@ def _print_json(content: dict[str, Any]) -> None:
     print(json.dumps(content, indent=2, ensure_ascii=False))
 
 
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Entry point of the console script."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    _complete_streams()
-    gc.disable()  # a short life with many small objects and no cycles: collecting only costs
-    code = _guarded(lambda: _flushed(app))
-    sys.stderr.flush()
-    os._exit(code)  # everything is closed and flushed: taking the interpreter apart would only cost time
-
-
-def _complete_streams() -> None:
-    """Give closed streams a place to write to, and take their numbers: a weight file must not become number 2."""
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.open(os.devnull, os.O_RDWR), "w"), errors="replace"))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names that are not UTF-8; in JSON these are escapes
-
-
-def _guarded(run: Callable[[], None]) -> int:
-    try:
-        run()
-    except MoeconvError as error:
-        print(f"moeconv: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:  # what nobody has worded: a full disk behind stdout, a path that no system call takes
-        print(f"moeconv: {error}\n  -> Check that path and its disk, then run again.", file=sys.stderr)
-        return 1
-    except SystemExit as error:  # how typer ends: usage errors, --help, and an interrupt
-        if error.code == INTERRUPTED:
-            print("moeconv: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return error.code if isinstance(error.code, int) else 1
-    return 0
-
-
-def _flushed(run: Callable[[], None]) -> None:
-    try:
-        run()
-    finally:
-        sys.stdout.flush()
+    run_process(app)

@@ -6,16 +6,19 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from moeconv.checkpoint import WeightFile
+from moeconv.device import Device, make_device
 from moeconv.errors import CheckpointError
 from moeconv.files import Files, FileStat, Rows, WriteFile
 from moeconv.manifest import build_manifest
 from moeconv.plan import Plan
 from moeconv.steps import Task
-from moeconv.worker import Sink, Worker
+from moeconv.transcoder import Sink
+from moeconv.worker import Worker
 from moeconv.writer import Writer
 
 #: A run that dies repeats at most what was not journalled: this many bytes or seconds of work, plus the tasks at hand.
@@ -47,6 +50,7 @@ def execute(
     fsync: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
+    devices: Sequence[Device] = (),
 ) -> Outcome:
     """Make `destination` from a plan.
 
@@ -58,6 +62,7 @@ def execute(
         fsync: survive a power loss; without, only the death of the process.
         overwrite: replace a finished folder of another plan, discard an unfinished one.
         progress: told how far the run is.
+        devices: in place of those that the plan names.
 
     Raises:
         OutputError: the destination cannot be written or is something else.
@@ -71,7 +76,8 @@ def execute(
     try:
         done = writer.open()
         tasks = [task for task in plan.tasks if task.id not in done]
-        run = _Run(plan, writer, files, tasks, progress)
+        devices = devices or [make_device(name) for name in plan.options.devices]
+        run = _Run(plan, writer, files, tasks, devices, progress)
         run.start()
         try:
             manifest = build_manifest(plan, command)  # while the threads work
@@ -123,12 +129,14 @@ class _Queue:
 
 class _Run:
     def __init__(
-        self, plan: Plan, writer: Writer, files: Files, tasks: Sequence[Task], progress: Progress | None
-    ) -> None:
+        self, plan: Plan, writer: Writer, files: Files, tasks: Sequence[Task], devices: Sequence[Device],
+        progress: Progress | None,
+    ) -> None:  # fmt: skip
         self.plan = plan
         self.writer = writer
         self.files = files
         self.tasks = tasks
+        self.devices = devices
         self.progress = progress
         self.lock = threading.Lock()
         self.wake = threading.Condition(self.lock)
@@ -144,7 +152,9 @@ class _Run:
         """Set the threads to work. `wait` must follow."""
         jobs = min(self.plan.memory.jobs, max(1, len(self.tasks)))
         self.working = jobs
-        self.threads += [threading.Thread(target=self._guarded, args=(self._take_tasks,)) for _ in range(jobs)]
+        for number in range(jobs):
+            device = self.devices[number % len(self.devices)]
+            self.threads.append(threading.Thread(target=self._guarded, args=(partial(self._take_tasks, device),)))
         self.threads.append(threading.Thread(target=self._guarded, args=(self._journal_tasks,)))
         for thread in self.threads:
             thread.start()
@@ -178,9 +188,9 @@ class _Run:
                 self.failure = self.failure or error
             self._stop()
 
-    def _take_tasks(self) -> None:
+    def _take_tasks(self, device: Device) -> None:
         sources = [self.plan.source.root / file.path for file in self.plan.source.files]
-        worker = Worker(self.files, sources, self.plan.memory.buffer)
+        worker = Worker(self.files, sources, self.plan.memory, device)
         lane: int | None = None
         try:
             while True:
@@ -202,6 +212,7 @@ class _Run:
             sink = self._sink(target)
             for step in task.steps:
                 worker.run(step, sink)
+            worker.finish(sink)
         finally:
             target.close()
         with self.lock:

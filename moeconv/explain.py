@@ -168,7 +168,9 @@ def plan_json(plan: Plan, disk: Disk) -> dict[str, Any]:
         "memory": {
             "baseline_bytes": memory.baseline, "names_bytes": memory.names,
             "jobs": memory.jobs, "buffer_bytes": memory.buffer, "scratch_bytes": memory.scratch,
+            "device_bytes": memory.device_bytes,
         },
+        "devices": list(plan.options.devices),
         "disk": {"needed_bytes": disk.needed, "free_bytes": disk.free},
         "engines": [{"engine": r.engine, "reads": r.reads, "why": r.why} for r in plan.readings],
         "warnings": list(plan.warnings) + disk_warnings(disk),
@@ -228,7 +230,12 @@ def plan_text(plan: Plan, disk: Disk) -> str:
             else []
         ),
         f"  other      {count(source.sidecars, 'file')} carried over",
-        f"  memory     {size(plan.memory.peak)} at most, {plan.memory.jobs} job{'s' * (plan.memory.jobs > 1)}",
+        f"  memory     {size(plan.memory.peak)} at most, {plan.memory.jobs} job{'s' * (plan.memory.jobs > 1)}"
+        + (
+            f", {size(plan.memory.device_bytes)} on {', '.join(plan.options.devices)}"
+            if plan.memory.device_bytes
+            else ""
+        ),
         f"  disk       {size(disk.needed)} needed, {size(disk.free)} free",
     ]
     lines += [

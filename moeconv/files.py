@@ -12,7 +12,8 @@ import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -21,6 +22,7 @@ from moeconv.errors import CheckpointError, OutputError
 
 #: Linux moves at most this many bytes in one read or write (`man 2 write`).
 MAX_IO_BYTES = 0x7FFFF000
+_OPEN_FILES = 16
 _HAS_PREADV = hasattr(os, "preadv")  # not on macOS before 11
 
 
@@ -374,3 +376,27 @@ def _fail_writing(error: OSError, path: Path) -> NoReturn:
         errno.EIO: "The disk or mount reports a write error: check it, then run again.",
     }.get(error.errno or 0, "Check the destination, then run again.")
     raise OutputError(f"{path} cannot be written: {error.strerror or error}", remedy) from error
+
+
+class OpenFiles:
+    """Source files by number, opened when needed; at most a few at once. For one thread."""
+
+    def __init__(self, files: Files, paths: Sequence[Path]) -> None:
+        self._files = files
+        self._paths = paths
+        self._open: OrderedDict[int, ReadFile] = OrderedDict()
+
+    def __getitem__(self, number: int) -> ReadFile:
+        file = self._open.get(number)
+        if file is None:
+            if len(self._open) >= _OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+            file = self._open[number] = self._files.open_read(self._paths[number])
+        else:
+            self._open.move_to_end(number)
+        return file
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()

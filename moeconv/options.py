@@ -82,6 +82,16 @@ JobsOption = Annotated[int | None, typer.Option("--jobs", min=1, help="Threads. 
 MemoryOption = Annotated[
     str | None, typer.Option("--max-memory", help="Most host memory to use, such as 500MB.", metavar="SIZE")
 ]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device", help="Where matrices are encoded: auto takes a GPU where there is one.",
+        metavar="auto|cpu|cuda|cuda:0,cuda:1",
+    ),
+]  # fmt: skip
+VramOption = Annotated[
+    str | None, typer.Option("--max-vram", help="Most memory to use on each GPU, such as 4GB.", metavar="SIZE")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 NoFsyncOption = Annotated[

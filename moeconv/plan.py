@@ -53,6 +53,8 @@ class Options(NamedTuple):
         max_shard_nbytes: a weight file gets no more than this, unless one tensor alone is larger.
         jobs: threads; None for one a core, at most 8.
         max_memory: bytes of host memory that the run may use; None for the defaults.
+        devices: where matrices are encoded; workers take them in turn.
+        max_vram: bytes that the run may use on each GPU, beside what a CUDA context takes; None for the defaults.
         layout: layout of the source, where headers do not tell.
         include: weight files beside the index that belong to the model.
         stay: blocks that keep the layout they have.
@@ -61,6 +63,8 @@ class Options(NamedTuple):
     max_shard_nbytes: int = DEFAULT_SHARD_BYTES
     jobs: int | None = None
     max_memory: int | None = None
+    devices: tuple[str, ...] = ("cpu",)
+    max_vram: int | None = None
     layout: str | None = None
     include: tuple[str, ...] = ()
     stay: tuple[str, ...] = ()
@@ -102,13 +106,27 @@ class TargetFile(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Peak host memory of the run, in bytes, and what it is made of."""
+    """Peak host memory of the run, in bytes, and what it is made of.
+
+    Attributes:
+        baseline: interpreter and libraries.
+        names: of all tensors.
+        jobs: threads.
+        buffer: of each thread.
+        scratch: other memory of each thread, staging included.
+        staging: one staging buffer of a thread's lane (`device`).
+        tile_elements: of a matrix that is encoded or decoded.
+        device_bytes: peak on each GPU.
+    """
 
     baseline: int
     names: int
     jobs: int
     buffer: int
     scratch: int = 0
+    staging: int = 0
+    tile_elements: int = 0
+    device_bytes: int = 0
 
     @property
     def peak(self) -> int:

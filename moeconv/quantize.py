@@ -13,25 +13,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import lcm, prod
 from typing import Any
 
+from moeconv.budget import transcoding_memory
 from moeconv.checkpoint import Checkpoint, Encoded
 from moeconv.config_json import Group, groups_of, rewritten
 from moeconv.encoded import decoded_view
 from moeconv.engines import format_readings
-from moeconv.errors import PlanError, Problem, UsageError
+from moeconv.errors import PlanError, Problem
 from moeconv.formats import FLOATS, Format
 from moeconv.layouts import Unit, find_units
 from moeconv.moves import Change, Fill, change, copy_of
 from moeconv.names import collapse
 from moeconv.plan import (
-    BASELINE_BYTES,
-    COPY_BUFFER_BYTES,
     NAME_BYTES,
-    TORCH_BYTES,
-    Memory,
     Options,
     Plan,
     Value,
-    default_jobs,
     fingerprint_of,
     place_specs,
     reader_warnings,
@@ -39,13 +35,9 @@ from moeconv.plan import (
 )
 from moeconv.recipe import Recipe
 from moeconv.scheme import Decider, Decision, Scheme
-from moeconv.steps import Content, Decode, Part, Step, Transcode, rearrangement, steps_of, tasks_of, tile_rows
+from moeconv.steps import Content, Decode, Part, Step, Transcode, rearrangement, steps_of, tasks_of
 from moeconv.tensors import DTYPE_BITS, Shape, Spec
 
-#: Raw bytes of a tile, and what is read for it where elements lie apart, both in the worker's buffer.
-_RAW_SHARE = 3
-#: Room for each row that is read apart from the others (`worker`).
-_GAP_NBYTES = 64
 WEIGHT = ".weight"
 #: The last number of a name that stands between dots.
 _EXPERT_ID = re.compile(r"(?<=\.)\d+(?=\.(?!.*\.\d+\.))")
@@ -122,10 +114,11 @@ class _Planner:
             (v.fill.target.name, v.format) for v in values if v.format and v.fill.target.name in experts
         )
         readers = format_readings(self.stored.config, formats, len(of_experts) > 1) if formats else ()
+        names = len(self.stored.tensors) + sum(len(file.specs) for file in files)
         warnings = [*source_warnings(self.stored, changes), *self._warnings(values), *reader_warnings(readers)]
         return Plan(
             self.source, self.recipe, layout, self.options, tuple(changes), tuple(kept), found.rest, files, index,
-            tasks, self._memory(steps, sum(len(file.specs) for file in files), len(tasks)), readers,
+            tasks, transcoding_memory(steps, names * NAME_BYTES, len(tasks), self.options), readers,
             tuple(warnings), self._fingerprint(), self.scheme, tuple(values), config,
         )  # fmt: skip
 
@@ -321,31 +314,6 @@ class _Planner:
             if known[suffix].rows
         ]
         return Decode(stored.format, tuple(parts))
-
-    def _memory(self, steps: Sequence[Step], targets: int, tasks: int) -> Memory:
-        jobs = default_jobs(self.options.jobs, tasks)
-        names = (len(self.stored.tensors) + targets) * NAME_BYTES
-        transcodes = [step for step in steps if isinstance(step, Transcode)]
-        raw = scratch = widest = 0
-        for step in transcodes:
-            elements = prod((tile_rows(step), step.shape[1]))
-            live = max(step.encoder.live_nbytes if step.encoder else 0,
-                       step.source.format.live_nbytes if isinstance(step.source, Decode) else 0, 8)  # fmt: skip
-            raw = max(raw, elements * DTYPE_BITS[step.source_dtype] // 8)
-            scratch = max(scratch, elements * live)
-            widest = max(widest, sum(step.shape))
-        buffer = max(COPY_BUFFER_BYTES, raw * _RAW_SHARE + _GAP_NBYTES * widest)
-        baseline = BASELINE_BYTES + (TORCH_BYTES if transcodes else 0)
-        if self.options.max_memory is not None:
-            room = self.options.max_memory - baseline - names
-            if room < buffer + scratch:
-                least = baseline + names + buffer + scratch
-                raise UsageError(
-                    f"--max-memory {self.options.max_memory:,} is less than this conversion needs",
-                    f"The least that works is {least:,} bytes: --max-memory {-(-least // 1_000_000)}MB.",
-                )
-            jobs = min(jobs, room // (buffer + scratch))
-        return Memory(baseline, names, jobs, buffer, scratch)
 
     def _fingerprint(self) -> str:
         before = fingerprint_of(self.stored, self.recipe, "quantize", self.options)

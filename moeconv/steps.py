@@ -17,8 +17,8 @@ from moeconv.tensors import DTYPE_BITS, Shape, View, row_major_strides
 
 #: A task moves about this many bytes; larger steps are cut.
 TASK_BYTES = 64 << 20
-#: Elements of a tile that is encoded or decoded; the temporaries of larger ones fall out of the caches.
-TILE_ELEMENTS = 1 << 19
+#: Parts of a quantized matrix begin at multiples of this in a staging buffer.
+PART_ALIGNMENT = 64
 
 
 class Copy(NamedTuple):
@@ -160,10 +160,21 @@ class Transcode(NamedTuple):
         return (self.last - self.first) * self.row_nbytes
 
 
-def tile_rows(step: Transcode) -> int:
-    """Rows of a tile: about `TILE_ELEMENTS` elements, at least what the formats take at once."""
-    rows = TILE_ELEMENTS // max(1, step.shape[1]) // step.row_multiple * step.row_multiple
+def tile_rows(step: Transcode, elements: int) -> int:
+    """Rows of a tile of about so many elements, at least what the formats take at once."""
+    rows = elements // max(1, step.shape[1]) // step.row_multiple * step.row_multiple
     return min(step.shape[0], max(step.row_multiple, rows))
+
+
+def staged_nbytes(source: Rearrange | Decode, first: int, last: int) -> int:
+    """Bytes in a staging buffer of what rows `first` to `last` (excluded) are made from."""
+    if isinstance(source, Rearrange):
+        return (last - first) * source.row_nbytes
+    nbytes = 0
+    for part in source.parts:
+        begin, end = part.bounds(first, last)
+        nbytes += -(-(end - begin) * part.row_nbytes // PART_ALIGNMENT) * PART_ALIGNMENT
+    return nbytes
 
 
 class Content(NamedTuple):

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moeconv.checkpoint import CONFIG, MAX_CONFIG_BYTES, Checkpoint, open_checkpoint
+from moeconv.device import CpuDevice
 from moeconv.encoded import decoded_view
 from moeconv.errors import CheckpointError, Problem
-from moeconv.files import Files, Rows
+from moeconv.files import Files, OpenFiles, Rows
 from moeconv.layouts import find_units
 from moeconv.manifest import kept_blocks
 from moeconv.names import collapse
@@ -22,7 +23,7 @@ from moeconv.quantize import plan_dequantize, plan_quantize
 from moeconv.recipe import Recipe
 from moeconv.scheme import scheme_of
 from moeconv.selection import select_recipe
-from moeconv.worker import OpenFiles, Worker
+from moeconv.worker import Worker
 
 _COMPARE_BYTES = 256 << 10
 
@@ -212,7 +213,7 @@ class _Comparison:
         tasks = iter(self.plan.tasks)
 
         def work() -> None:
-            worker, targets = Worker(self.files, sources, self.plan.memory.buffer), OpenFiles(self.files, paths)
+            worker, targets = Worker(self.files, sources, self.plan.memory, CpuDevice()), OpenFiles(self.files, paths)
             buffer = memoryview(bytearray(_COMPARE_BYTES))
 
             def check(file: int, offset: int, content: memoryview, rows: Rows | None) -> None:
@@ -231,6 +232,7 @@ class _Comparison:
                         return
                     for step in task.steps:
                         worker.run(step, check)
+                    worker.finish(check)
             finally:
                 worker.close()
                 targets.close()

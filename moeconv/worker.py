@@ -7,17 +7,14 @@ checks is exactly what a run does. Memory is one buffer a worker, whatever the s
 from __future__ import annotations
 
 import mmap
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeconv.errors import CheckpointError
-from moeconv.files import Files, ReadFile, Rows
+from moeconv.files import Files, OpenFiles, Rows
 from moeconv.steps import (
     Copy,
-    Decode,
     Overlap,
     Piece,
     Ranges,
@@ -27,101 +24,47 @@ from moeconv.steps import (
     Zeros,
     overlap,
     rows_of,
-    tile_rows,
     tiles_of,
-    whole_run,
 )  # fmt: skip
+from moeconv.transcoder import Sink, Transcoder
 
 if TYPE_CHECKING:
     import numpy
-    import torch
 
-#: Receives target file number, offset and bytes, and how they are spread where they are not one run. The bytes are
-#: only valid during the call.
-Sink = Callable[[int, int, memoryview, Rows | None], None]
+    from moeconv.device import Device
+    from moeconv.plan import Memory
+
 #: Bytes of one read and write. Larger ones fall out of the second-level cache, smaller ones cost more calls; measured
 #: on two threads, 2 GB: 128 KiB 0.49 s, 256 KiB 0.43 s, 512 KiB 0.39 s, `cp` 0.82 s.
 COPY_BYTES = 512 << 10
-_OPEN_FILES = 16
-#: glibc maps blocks that are larger than any freed so far anew each time, and their pages are cleared again; up to 32
-#: MiB. Freeing one of this size first leaves a fifth of the page faults of a run.
-_REUSED_NBYTES = (32 << 20) - (64 << 10)
 _BAD_STRIDE, _PADDING = 512, 64
 
 
-def _torch_dtype(name: str) -> torch.dtype:
-    import torch
-
-    dtype: torch.dtype = getattr(
-        torch,
-        {
-            "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F8_E4M3": "float8_e4m3fn", "I8": "int8",
-            "U8": "uint8", "I32": "int32", "F8_E8M0": "float8_e8m0fnu",
-        }[name],
-    )  # fmt: skip
-    return dtype
-
-
-def _not_finite(step: Transcode, tile: torch.Tensor, first: int, last: int) -> CheckpointError:
-    """Why a scale of these rows is not finite: the rows are not, or a range has no width in their dtype."""
-    import torch
-
-    name = step.encoder.name if step.encoder else ""
-    if bool(torch.isfinite(tile).all()):
-        return CheckpointError(
-            f"{step.name} holds finite values too large for {name} in rows {first} to {last - 1}",
-            "Choose a symmetric format for it, or keep it with --ignore.",
-        )
-    return CheckpointError(
-        f"{step.name} holds NaN or infinite values in rows {first} to {last - 1}",
-        "Repair the checkpoint, or count them as zero with --allow-nonfinite.",
-    )
-
-
-class OpenFiles:
-    """Source files by number, opened when needed; at most a few at once. For one thread."""
-
-    def __init__(self, files: Files, paths: Sequence[Path]) -> None:
-        self._files = files
-        self._paths = paths
-        self._open: OrderedDict[int, ReadFile] = OrderedDict()
-
-    def __getitem__(self, number: int) -> ReadFile:
-        file = self._open.get(number)
-        if file is None:
-            if len(self._open) >= _OPEN_FILES:
-                self._open.popitem(last=False)[1].close()
-            file = self._open[number] = self._files.open_read(self._paths[number])
-        else:
-            self._open.move_to_end(number)
-        return file
-
-    def close(self) -> None:
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
-
-
 class Worker:
-    """One thread's buffer and open files.
+    """One thread's buffer, open files and lane of a device.
 
     Args:
         files: door to the file system.
         sources: paths of the source files, by number.
-        buffer_nbytes: size of the buffer; a rearrangement keeps what it reads and what it makes in it.
+        memory: what the plan allows; a rearrangement keeps what it reads and what it makes in one buffer.
+        device: where matrices are encoded.
     """
 
-    def __init__(self, files: Files, sources: Sequence[Path], buffer_nbytes: int) -> None:
+    def __init__(self, files: Files, sources: Sequence[Path], memory: Memory, device: Device) -> None:
         self._sources = OpenFiles(files, sources)
-        self._buffer = memoryview(mmap.mmap(-1, buffer_nbytes))  # page-aligned: the kernel copies whole pages
+        self._memory = memory
+        self._buffer = memoryview(mmap.mmap(-1, memory.buffer))  # page-aligned: the kernel copies whole pages
         self._chunk = self._buffer[:COPY_BYTES]
-        self._is_single = False
+        self._device = device
+        self._transcoder: Transcoder | None = None
 
     def close(self) -> None:
+        if self._transcoder is not None:
+            self._transcoder.abandon()
         self._sources.close()
 
     def run(self, step: Step, sink: Sink) -> None:
-        """Do one step."""
+        """Do one step, or begin it: `finish` must follow."""
         if isinstance(step, Copy):
             self._copy(step, sink)
         elif isinstance(step, Zeros):
@@ -129,9 +72,16 @@ class Worker:
         elif isinstance(step, Rearrange):
             self._rearrange(step, sink)
         elif isinstance(step, Transcode):
-            self._transcode(step, sink)
+            if self._transcoder is None:  # its lane belongs to the thread that asks for it
+                self._transcoder = Transcoder(self._device.lane(), self._sources, self._fill_tile, self._memory)
+            self._transcoder.run(step, sink)
         else:
             sink(step.target_file, step.target_offset, memoryview(step.content), None)
+
+    def finish(self, sink: Sink) -> None:
+        """Wait for all steps that were begun."""
+        if self._transcoder is not None:
+            self._transcoder.finish(sink)
 
     def _copy(self, step: Copy, sink: Sink) -> None:
         source = self._sources[step.source_file]
@@ -152,57 +102,6 @@ class Worker:
         for at in range(0, step.nbytes, size):
             sink(step.target_file, step.target_offset + at, chunk[: min(size, step.nbytes - at)], None)
 
-    def _transcode(self, step: Transcode, sink: Sink) -> None:
-        import torch
-
-        if not self._is_single:
-            torch.set_num_threads(1)  # of this thread: tiles run side by side, one a worker
-            torch.empty(_REUSED_NBYTES, dtype=torch.uint8)
-            self._is_single = True
-        rows = tile_rows(step)
-        for first in range(step.first, step.last, rows):
-            last = min(first + rows, step.last)
-            if isinstance(step.source, Decode):
-                tile = self._decoded(step.source, step.shape[1], first, last, _torch_dtype(step.dtype))
-            else:
-                tile = self._read_tile(step, step.source, first, last).to(_torch_dtype(step.dtype))
-            if step.allow_nonfinite:
-                tile = torch.nan_to_num(tile, nan=0.0, posinf=0.0, neginf=0.0)
-            made = step.encoder.encode(tile) if step.encoder else (tile,)
-            if step.encoder and not bool(torch.isfinite(made[1].float()).all()):
-                raise _not_finite(step, tile, first, last)
-            for part, tensor in zip(step.targets, made, strict=True):
-                at, _ = part.bounds(first, last)
-                content = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-                sink(part.file, part.offset + at * part.row_nbytes, content, None)
-
-    def _read_tile(self, step: Transcode, source: Rearrange, first: int, last: int) -> torch.Tensor:
-        """Rows of a matrix as the source has them, in the worker's buffer."""
-        import numpy
-        import torch
-
-        columns, item = step.shape[1], source.item_nbytes
-        raw = self._buffer[: (last - first) * columns * item]
-        run = whole_run(source)
-        if run is not None:
-            self._sources[source.pieces[0].source_file].read_into(raw, run + first * columns * item)
-        else:
-            dtype = {2: numpy.uint16, 4: numpy.uint32}[item]
-            self._fill(source, ((first, last), (0, columns)), numpy.frombuffer(raw, dtype).reshape(-1, columns))
-        return torch.frombuffer(raw, dtype=_torch_dtype(step.source_dtype)).view(-1, columns)
-
-    def _decoded(self, source: Decode, columns: int, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows of a matrix that is stored quantized."""
-        import torch
-
-        parts = {}
-        for part in source.parts:
-            begin, end = part.bounds(first, last)
-            content = bytearray((end - begin) * part.row_nbytes)
-            self._sources[part.file].read_into(memoryview(content), part.offset + begin * part.row_nbytes)
-            parts[part.suffix] = torch.frombuffer(content, dtype=_torch_dtype(part.dtype)).view(end - begin, -1)
-        return source.format.decode(parts, columns, dtype)
-
     def _rearrange(self, step: Rearrange, sink: Sink) -> None:
         import numpy  # here, because a plan or a plain copy does without
 
@@ -214,7 +113,8 @@ class Worker:
         for ranges in tiles_of(step, tile_nbytes):
             shape = [last - first for first, last in ranges]
             made = self._buffer[: prod(shape) * step.item_nbytes]
-            self._fill(step, ranges, numpy.frombuffer(made, dtype).reshape(shape))
+            room = self._buffer[-(-len(made) // 64) * 64 :]
+            self._fill(step, ranges, numpy.frombuffer(made, dtype).reshape(shape), room)
             item, done = step.item_nbytes, 0
             for at, count, stride, length in rows_of([(first, last, 1) for first, last in ranges], step.block):
                 rows = Rows(count, length * item, stride * item, length * item)
@@ -222,12 +122,14 @@ class Worker:
                 sink(step.target_file, step.block_offset + at * item, content, rows)
                 done += len(content)
 
-    def _fill(self, step: Rearrange, ranges: Ranges, target: numpy.ndarray[Any, Any]) -> None:
-        """Fill a tile from all pieces."""
+    def _fill_tile(self, step: Rearrange, ranges: Ranges, target: numpy.ndarray[Any, Any]) -> None:
+        self._fill(step, ranges, target, self._buffer)
+
+    def _fill(self, step: Rearrange, ranges: Ranges, target: numpy.ndarray[Any, Any], room: memoryview) -> None:
+        """Fill a tile from all pieces; what is read for it fits into `room`."""
         import numpy
 
         item = step.item_nbytes
-        room = self._buffer[-(-target.nbytes // 64) * 64 :]
         for piece in step.pieces:
             part = overlap(piece, ranges)
             if part is None:

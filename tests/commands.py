@@ -9,7 +9,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
-from moeconv.cli import _flushed, _guarded, app
+from moeconv.cli import app
+from moeconv.process import guarded
 
 
 class Result(NamedTuple):
@@ -24,7 +25,7 @@ def run(*arguments: object) -> Result:
     before, sys.argv = sys.argv, ["moeconv", *map(str, arguments)]
     try:
         with redirect_stdout(out), redirect_stderr(err):
-            code = _guarded(lambda: _flushed(app))
+            code = guarded(app)
     finally:
         sys.argv = before
     return Result(code, out.getvalue(), err.getvalue())

@@ -362,8 +362,9 @@ def test_neither_torch_nor_transformers_is_imported(source: Path) -> None:
     code = (
         "import sys\n"
         f"sys.argv = ['moeconv', 'pack', {str(source)!r}, {str(source.parent / 'target')!r}]\n"
-        "from moeconv.cli import _guarded, app\n"
-        "assert _guarded(app) == 0\n"
+        "from moeconv.cli import app\n"
+        "from moeconv.process import guarded\n"
+        "assert guarded(app) == 0\n"
         "heavy = {'torch', 'transformers', 'safetensors', 'huggingface_hub', 'bitsandbytes', 'numpy', 'rich'}\n"
         "print(sorted(heavy & sys.modules.keys()))"
     )

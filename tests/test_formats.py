@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -17,8 +16,6 @@ from compressed_tensors.compressors.format import infer_module_format  # type: i
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # type: ignore[import-untyped]
 from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme  # type: ignore[import-untyped]
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
@@ -33,6 +30,7 @@ from tests.compressed import (
     settings_of,
     squared_error,
 )
+from tests.meter import Meter
 
 TORCH_DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32,
@@ -357,33 +355,6 @@ def test_parts_are_what_encode_returns_whatever_the_values(choice: Choice, dtype
         assert (decoded.dtype, decoded.shape, decoded.device.type) == (torch.float32, shape, device)
 
 
-class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages that live, and the most that ever did."""
-
-    def __init__(self, *held: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.sizes: dict[int, int] = {}
-        self.peak = 0
-        for tensor in held:
-            self.hold(tensor)
-
-    def hold(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if id(storage) not in self.sizes:
-            self.sizes[id(storage)] = storage.nbytes()
-            weakref.finalize(storage, self.sizes.pop, id(storage))
-            self.peak = max(self.peak, sum(self.sizes.values()))
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for item in tree_leaves(made):
-            if isinstance(item, Tensor):
-                self.hold(item)
-        return made
-
-
 def test_the_meter_sees_what_is_made_and_what_is_freed() -> None:
     source = torch.zeros(1000)
     with Meter(source) as meter:
@@ -397,12 +368,14 @@ def test_the_meter_sees_what_is_made_and_what_is_freed() -> None:
 
 @of_every
 @of_dtypes
-def test_live_bytes_stay_within_what_the_format_states(choice: Choice, dtype: str) -> None:
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_live_bytes_stay_within_what_the_format_states(choice: Choice, dtype: str, device: str) -> None:
+    """On "meta" as on a GPU, where a tile is not cut into strips."""
     made = choice.make()
     for shape in [(512, 512), (64, 4096), (129, 2040), (2048, 132)]:
         if made.refusal(shape, dtype) is not None:
             continue
-        tile = gaussian(shape, 11).to(TORCH_DTYPES[dtype])
+        tile = gaussian(shape, 11).to(TORCH_DTYPES[dtype]).to(device)
         with Meter(tile) as meter:
             tensors = made.encode(tile)
         assert meter.peak <= made.live_nbytes * tile.numel(), f"encode {shape}"

@@ -1,0 +1,106 @@
+"""Memory of a run that encodes or decodes: tile size and threads that fit the budgets of host and GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from moeconv.errors import UsageError
+from moeconv.plan import BASELINE_BYTES, COPY_BUFFER_BYTES, TORCH_BYTES, Memory, Options, default_jobs
+from moeconv.steps import Decode, Step, Transcode, staged_nbytes, tile_rows, whole_run
+from moeconv.tensors import DTYPE_BITS
+
+#: Elements of a tile on a CPU: reads and writes of half a megabyte and more, and results that stay in its cache.
+CPU_TILE_ELEMENTS = 1 << 19
+#: Sizes that are tried on a GPU, where a tile must be worth a few launches of kernels (not measured yet).
+GPU_TILE_ELEMENTS = tuple(1 << bits for bits in range(23, 15, -1))
+#: Jobs of a lane of a GPU: one computes while the next is read (`device`).
+GPU_DEPTH = 2
+#: What the allocator of a GPU adds by rounding (not measured yet).
+GPU_ROUNDING = 1.5
+#: What a CUDA context adds to the host's peak (not measured yet).
+CUDA_BYTES = 1 << 30
+#: Room for each row that is read apart from the others (`worker`), and copies of a tile that rearranging needs.
+_GAP_NBYTES = 64
+_REARRANGED_COPIES = 2
+
+
+class _Needs(NamedTuple):
+    """Bytes for one worker: its buffer, a staging buffer, everything else on the host, and on its device."""
+
+    buffer: int
+    staging: int
+    scratch: int
+    device: int
+
+
+def transcoding_memory(steps: Sequence[Step], names: int, tasks: int, options: Options) -> Memory:
+    """What the run needs at most.
+
+    Args:
+        steps: all of the plan.
+        names: bytes for the names of all tensors.
+        tasks: how many there are.
+        options: threads, budgets and devices.
+
+    Raises:
+        UsageError: a budget that is too small, with the least that works.
+    """
+    jobs = default_jobs(options.jobs, tasks)
+    transcodes = list({_kind(step): step for step in steps if isinstance(step, Transcode)}.values())
+    on_gpu = options.devices != ("cpu",) and bool(transcodes)
+    baseline = BASELINE_BYTES + (TORCH_BYTES if transcodes else 0) + (CUDA_BYTES if on_gpu else 0)
+    sharing = -(-jobs // len(options.devices))  # workers of one device
+    tiles = GPU_TILE_ELEMENTS if on_gpu else (CPU_TILE_ELEMENTS,)
+    room = None if options.max_memory is None else options.max_memory - baseline - names
+    for tile in tiles:  # the largest one that all threads can have, or the smallest with fewer threads
+        needs = _needs(transcodes, tile, on_gpu)
+        host = needs.buffer + needs.scratch
+        if (room is None or jobs * host <= room) and (
+            not on_gpu or options.max_vram is None or sharing * needs.device <= options.max_vram
+        ):
+            break
+    if room is not None:
+        _require("--max-memory", options.max_memory or 0, baseline + names + host)
+        jobs = min(jobs, room // host)
+    if on_gpu and options.max_vram is not None:
+        _require("--max-vram", options.max_vram, needs.device)
+        jobs = min(jobs, options.max_vram // needs.device * len(options.devices))
+    on_device = -(-jobs // len(options.devices)) * needs.device if on_gpu else 0
+    return Memory(baseline, names, jobs, needs.buffer, needs.scratch, needs.staging, tile, on_device)
+
+
+def _require(option: str, given: int, least: int) -> None:
+    if given < least:
+        raise UsageError(
+            f"{option} {given:,} is less than this conversion needs",
+            f"The least that works is {least:,} bytes: {option} {-(-least // 1_000_000)}MB.",
+        )
+
+
+def _kind(step: Transcode) -> tuple[object, ...]:
+    """Steps of one kind need the same."""
+    source = step.source
+    how = id(source.format) if isinstance(source, Decode) else whole_run(source) is None
+    return step.shape, step.row_multiple, step.source_dtype, id(step.encoder), how
+
+
+def _needs(transcodes: Sequence[Transcode], tile: int, on_gpu: bool) -> _Needs:
+    depth = GPU_DEPTH if on_gpu else 1
+    needs = _Needs(COPY_BUFFER_BYTES, 0, 0, 0)
+    for step in transcodes:
+        rows = tile_rows(step, tile)
+        elements = rows * step.shape[1]
+        formats = [step.encoder, step.source.format if isinstance(step.source, Decode) else None]
+        live = elements * max(8, *(format_.live_nbytes for format_ in formats if format_))
+        staging = staged_nbytes(step.source, 0, rows)
+        buffer = 0
+        if not isinstance(step.source, Decode) and whole_run(step.source) is None:
+            item = DTYPE_BITS[step.source_dtype] // 8
+            buffer = elements * item * _REARRANGED_COPIES + _GAP_NBYTES * sum(step.shape)
+        results = rows * step.row_nbytes * depth if on_gpu else live
+        needs = _Needs(
+            max(needs.buffer, buffer), max(needs.staging, staging),
+            max(needs.scratch, depth * staging + results), max(needs.device, int(live * GPU_ROUNDING)),
+        )  # fmt: skip
+    return needs

@@ -1,0 +1,167 @@
+"""One worker's encoding and decoding: tiles go from source files through a lane of its device to a sink."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moeconv.device import Compute, Job, Lane
+from moeconv.errors import CheckpointError
+from moeconv.files import OpenFiles, Rows
+from moeconv.steps import PART_ALIGNMENT, Decode, Ranges, Rearrange, Transcode, staged_nbytes, tile_rows, whole_run
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+    from torch import Tensor
+
+    from moeconv.plan import Memory
+
+#: Receives target file number, offset and bytes, and how they are spread where they are not one run. The bytes are
+#: only valid during the call.
+Sink = Callable[[int, int, memoryview, Rows | None], None]
+#: Fills the array, a range of a rearrangement's block, from its sources.
+Fill = Callable[[Rearrange, Ranges, "numpy.ndarray[Any, Any]"], None]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that safetensors calls `name`."""
+    import torch
+
+    dtype: torch.dtype = getattr(
+        torch,
+        {
+            "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F8_E4M3": "float8_e4m3fn", "I8": "int8",
+            "U8": "uint8", "I32": "int32", "F8_E8M0": "float8_e8m0fnu",
+        }[name],
+    )  # fmt: skip
+    return dtype
+
+
+class Transcoder:
+    """Runs `Transcode` steps. Up to `lane.depth` tiles are under way at once, also of several steps.
+
+    Args:
+        lane: where it computes.
+        sources: source files.
+        fill: reads what does not lie in one run.
+        memory: size of tiles and staging buffers.
+    """
+
+    def __init__(self, lane: Lane, sources: OpenFiles, fill: Fill, memory: Memory) -> None:
+        self._lane = lane
+        self._sources = sources
+        self._fill = fill
+        self._tile_elements = memory.tile_elements
+        self._under_way: deque[tuple[Transcode, int, int, Job]] = deque()
+        self._staging = deque(lane.staging(memory.staging) for _ in range(lane.depth))
+
+    def run(self, step: Transcode, sink: Sink) -> None:
+        """Begin all tiles of a step; the last ones may still be under way afterwards."""
+        rows = tile_rows(step, self._tile_elements)
+        compute = _compute(step)
+        for first in range(step.first, step.last, rows):
+            last = min(first + rows, step.last)
+            if len(self._under_way) == self._lane.depth:
+                self._deliver(sink)  # the job that read the staging buffer which comes next
+            inputs = self._read(step, first, last)
+            self._under_way.append((step, first, last, self._lane.submit(inputs, compute)))
+
+    def finish(self, sink: Sink) -> None:
+        """Wait for all that is under way."""
+        while self._under_way:
+            self._deliver(sink)
+
+    def abandon(self) -> None:
+        """Wait, after a failure, until nothing reads the staging buffers any more."""
+        while self._under_way:
+            self._under_way.popleft()[3].wait()
+
+    def _deliver(self, sink: Sink) -> None:
+        import torch
+
+        step, first, last, job = self._under_way.popleft()
+        *made, is_finite = job.wait()
+        if not bool(is_finite):
+            raise self._not_finite(step, first, last)
+        for part, tensor in zip(step.targets, made, strict=True):
+            at, _ = part.bounds(first, last)
+            content = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            sink(part.file, part.offset + at * part.row_nbytes, content, None)
+
+    def _staged(self, nbytes: int) -> Tensor:
+        """The staging buffer that has rested longest."""
+        self._staging.rotate(-1)
+        return self._staging[-1][:nbytes]
+
+    def _read(self, step: Transcode, first: int, last: int) -> list[Tensor]:
+        """Rows of a matrix as the source has them: one tensor, or all parts of a quantized one."""
+        if isinstance(step.source, Decode):
+            return self._read_parts(step.source, first, last)
+        import numpy
+
+        source, columns = step.source, step.shape[1]
+        item = source.item_nbytes
+        raw = self._staged((last - first) * columns * item)
+        run = whole_run(source)
+        if run is not None:
+            self._sources[source.pieces[0].source_file].read_into(_memory(raw), run + first * columns * item)
+        else:
+            array = raw.numpy().view({2: numpy.uint16, 4: numpy.uint32}[item]).reshape(-1, columns)
+            self._fill(source, ((first, last), (0, columns)), array)
+        return [raw.view(torch_dtype(step.source_dtype)).view(-1, columns)]
+
+    def _read_parts(self, source: Decode, first: int, last: int) -> list[Tensor]:
+        raw = self._staged(staged_nbytes(source, first, last))
+        parts, at = [], 0
+        for part in source.parts:
+            begin, end = part.bounds(first, last)
+            content = raw[at : at + (end - begin) * part.row_nbytes]
+            self._sources[part.file].read_into(_memory(content), part.offset + begin * part.row_nbytes)
+            parts.append(content.view(torch_dtype(part.dtype)).view(end - begin, -1))
+            at += -(-len(content) // PART_ALIGNMENT) * PART_ALIGNMENT
+        return parts
+
+    def _not_finite(self, step: Transcode, first: int, last: int) -> CheckpointError:
+        """Why a scale of these rows is not finite: the rows are not, or a range has no width in their dtype."""
+        import torch
+
+        self.abandon()
+        where = f"in rows {first} to {last - 1}"
+        *tile, _ = _compute(step._replace(encoder=None))(self._read(step, first, last))
+        if step.encoder and bool(torch.isfinite(tile[0]).all()):
+            return CheckpointError(
+                f"{step.name} holds finite values too large for {step.encoder.name} {where}",
+                "Choose a symmetric format for it, or keep it with --ignore.",
+            )
+        return CheckpointError(
+            f"{step.name} holds NaN or infinite values {where}",
+            "Repair the checkpoint, or count them as zero with --allow-nonfinite.",
+        )
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.numpy().data)
+
+
+def _compute(step: Transcode) -> Compute:
+    """What a device does with the inputs of a tile: the rows of all parts, and whether their scales are finite."""
+
+    def compute(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        import torch
+
+        dtype = torch_dtype(step.dtype)
+        if isinstance(step.source, Decode):
+            parts = {part.suffix: tensor for part, tensor in zip(step.source.parts, inputs, strict=True)}
+            tile = step.source.format.decode(parts, step.shape[1], dtype)
+        else:
+            tile = inputs[0].to(dtype)
+        if step.allow_nonfinite:
+            tile = torch.nan_to_num(tile, nan=0.0, posinf=0.0, neginf=0.0)
+        if step.encoder is None:
+            return tile, torch.ones((), dtype=torch.bool, device=tile.device)
+        made = step.encoder.encode(tile)
+        return *made, torch.isfinite(made[1].float()).all()
+
+    return compute
