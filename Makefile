@@ -56,7 +56,7 @@ test-loss: $(INSTALLED_FOR_TESTS)
 	$(BIN)/python -m pytest tests/loss -m loss
 
 loss: $(INSTALLED_FOR_TESTS)
-	$(BIN)/python examples/loss.py
+	TQDM_DISABLE=1 $(BIN)/python examples/loss.py
 
 # Writes 5 GB and as much again for each output, in BENCH_DIR; takes about five minutes.
 bench: $(INSTALLED)

@@ -54,6 +54,10 @@ WINDOW, WINDOWS = 256, 256
 OPTIONS = {"ue8m0": ("--ue8m0",), "group_size": ("--group-size", "32"), "search": ("--scale", "mse")}
 
 
+#: Changes gate and up, and down, of the experts of a layer in place.
+Damage = Callable[[Tensor, Tensor], object]
+
+
 class Variant(NamedTuple):
     """A format with options, as typed."""
 
@@ -231,22 +235,37 @@ def moeconv(*arguments: object) -> None:
         raise RuntimeError(f"{' '.join(words)}\n{done.stderr}")
 
 
-#: What a converter could do to experts, for scale: each changes gate and up [E, 2*I, H] and down [E, H, I] in place.
-DAMAGES: dict[str, Callable[[Tensor, Tensor], object]] = {
+def _by_group(change: Callable[[Tensor, Tensor], Tensor]) -> Damage:
+    """Damage groups of 128 columns [groups, 128], of which it is told the largest magnitudes [groups, 1]."""
+
+    def damage(*experts: Tensor) -> None:
+        for stacked in experts:
+            groups = stacked.view(-1, 128)
+            groups.copy_(change(groups, groups.abs().amax(1, keepdim=True)))
+
+    return damage
+
+
+#: What a wrong converter would do to experts, by changing gate and up [E, 2*I, H] and down [E, H, I] in place.
+MIXED_UP: dict[str, Damage] = {
     "each expert in the place of the next": lambda gate_up, down: (
         gate_up.copy_(gate_up.roll(1, 0)), down.copy_(down.roll(1, 0))
     ),
     "down of each expert beside gate and up of the next": lambda gate_up, down: down.copy_(down.roll(1, 0)),
     "gate and up exchanged": lambda gate_up, down: gate_up.copy_(gate_up.roll(gate_up.shape[1] // 2, 1)),
-    "neighbouring columns exchanged": lambda gate_up, down: (
-        gate_up.copy_(gate_up.unflatten(2, (-1, 2)).flip(3).flatten(2)),
-        down.copy_(down.unflatten(2, (-1, 2)).flip(3).flatten(2)),
-    ),
+    "neighbouring columns exchanged": _by_group(lambda groups, _: groups.unflatten(1, (-1, 2)).flip(2).flatten(1)),
 }  # fmt: skip
+#: What a wrong quantizer would do to them.
+WRONG_VALUES: dict[str, Damage] = {
+    "each group with the scale of the next": _by_group(lambda groups, amax: groups * (amax.roll(-1, 0) / amax)),
+    "a zero point of 4 bits off by one": _by_group(lambda groups, amax: groups + amax / 7.5),
+    "the outer half of each range cut off": _by_group(lambda groups, amax: groups.clamp(-amax / 2, amax / 2)),
+    "rounded to 2 bits": _by_group(lambda groups, amax: (groups / amax * 1.5).round().clamp(-2, 1) * amax / 1.5),
+}
 
 
 @torch.no_grad()
-def damaged(source: Path, damage: Callable[[Tensor, Tensor], object], layers: slice = slice(None)) -> Module:
+def damaged(source: Path, damage: Damage, layers: slice = slice(None)) -> Module:
     """The trained model with its experts damaged in some layers."""
     model = load(source)
     for layer in model.model.layers[layers]:
@@ -257,7 +276,6 @@ def damaged(source: Path, damage: Callable[[Tensor, Tensor], object], layers: sl
 def main() -> None:
     """Train or find the model, then the table, a line at a time."""
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     source = trained(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
     plain = losses(load(source))
     shares = expert_shares(load(source))
@@ -269,8 +287,8 @@ def main() -> None:
         more, error = difference(found.losses, plain)
         read = f"{difference(found.read_losses, plain)[0]:+.5f}" if found.read_losses is not None else "-"
         print(f"{variant!s:40}{found.bits:7.3f}{found.size:8.1%}{more:+10.5f}{error:9.5f}{read:>15}", flush=True)
-    print("\nfor comparison, experts of all layers or of the first damaged:")
-    for about, damage in DAMAGES.items():
+    print("\nfor comparison, the experts of all layers, or of the first, damaged:")
+    for about, damage in {**MIXED_UP, **WRONG_VALUES}.items():
         every, first = (
             difference(losses(damaged(source, damage, layers)), plain)[0] for layers in (slice(None), slice(1))
         )

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.loss
 VARIANTS = tuple(loss.variants())
 #: Most nats a byte that a format may cost, by the bits that it spends on a weight at least.
 LIMITS = {8: 0.01, 4: 0.08}
-MOST = max(LIMITS.values())
 
 
 @pytest.fixture(scope="session")
@@ -51,10 +50,15 @@ def test_every_expert_is_used(source: Path) -> None:
     assert shares.min() > 0.2 / shares.shape[1]
 
 
-@pytest.mark.parametrize("about", loss.DAMAGES)
-def test_a_conversion_that_mixes_experts_up_would_not_pass(source: Path, plain: Tensor, about: str) -> None:
-    assert difference(loss.losses(loss.damaged(source, loss.DAMAGES[about])), plain)[0] > 10 * MOST
-    assert difference(loss.losses(loss.damaged(source, loss.DAMAGES[about], slice(1))), plain)[0] > MOST
+@pytest.mark.parametrize("about", loss.MIXED_UP)
+def test_experts_that_are_mixed_up_would_not_pass(source: Path, plain: Tensor, about: str) -> None:
+    """In one of four layers already."""
+    assert difference(loss.losses(loss.damaged(source, loss.MIXED_UP[about], slice(1))), plain)[0] > 10 * LIMITS[4]
+
+
+@pytest.mark.parametrize("about", loss.WRONG_VALUES)
+def test_experts_with_wrong_values_would_not_pass(source: Path, plain: Tensor, about: str) -> None:
+    assert difference(loss.losses(loss.damaged(source, loss.WRONG_VALUES[about])), plain)[0] > LIMITS[4]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -73,6 +77,7 @@ def test_transformers_has_read_the_formats_that_it_knows(measured: Callable[[Var
 
 @pytest.mark.parametrize("searched", [v for v in VARIANTS if "mse" in v.options], ids=str)
 def test_searching_for_scales_costs_no_quality(measured: Callable[[Variant], Measured], searched: Variant) -> None:
+    """Beyond noise: of the windows, and of which weights happen to be rounded up."""
     unsearched = Variant(searched.name, tuple(word for word in searched.options if word not in loss.OPTIONS["search"]))
     more, error = difference(measured(searched).losses, measured(unsearched).losses)
-    assert more < 2 * error
+    assert more < max(3 * error, limit(measured(searched).bits) / 10)
