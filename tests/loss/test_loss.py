@@ -18,8 +18,9 @@ from examples.loss import Measured, Variant, difference
 pytestmark = pytest.mark.loss
 
 VARIANTS = tuple(loss.variants())
-#: Most nats a byte that a format may cost, by the bits that it spends on a weight at least.
-LIMITS = {8: 0.01, 4: 0.08}
+#: Most nats a byte that a format may cost, by the bits that it spends on a weight at least. So small a model forgives
+#: much, rounding to 2 bits costs it 0.02: limits are about three times what was measured, which such damage exceeds.
+LIMITS = {8: 0.003, 4: 0.006}
 
 
 @pytest.fixture(scope="session")
@@ -52,8 +53,7 @@ def test_every_expert_is_used(source: Path) -> None:
 
 @pytest.mark.parametrize("about", loss.MIXED_UP)
 def test_experts_that_are_mixed_up_would_not_pass(source: Path, plain: Tensor, about: str) -> None:
-    """In one of four layers already."""
-    assert difference(loss.losses(loss.damaged(source, loss.MIXED_UP[about], slice(1))), plain)[0] > 10 * LIMITS[4]
+    assert difference(loss.losses(loss.damaged(source, loss.MIXED_UP[about])), plain)[0] > 10 * LIMITS[4]
 
 
 @pytest.mark.parametrize("about", loss.WRONG_VALUES)
