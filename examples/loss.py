@@ -2,8 +2,8 @@
 
     python examples/loss.py [FOLDER]
 
-Random weights say little about a quantizer: only a trained model has outliers, experts that differ from each other,
-and something to unlearn. So a byte-level Qwen3-MoE model (four layers of 16 experts, two for each byte, 7.3 million
+Random weights say little about a quantizer: only a trained model has experts that differ,
+and something to unlearn. So a byte-level Qwen3-MoE model (four layers of 16 experts, two for each byte, 6.8 million
 weights) is trained first, in float32 from a fixed seed, and saved in BF16; FOLDER, build/loss by default, keeps it for
 the next run. The text is on every machine: modules at the top level of Python's own library in the order of their
 names, every tenth of them held out. Another version of Python or torch, or another CPU, gives slightly other figures.

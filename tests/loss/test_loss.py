@@ -80,4 +80,4 @@ def test_searching_for_scales_costs_no_quality(measured: Callable[[Variant], Mea
     """Beyond noise: of the windows, and of which weights happen to be rounded up."""
     unsearched = Variant(searched.name, tuple(word for word in searched.options if word not in loss.OPTIONS["search"]))
     more, error = difference(measured(searched).losses, measured(unsearched).losses)
-    assert more < max(3 * error, limit(measured(searched).bits) / 10)
+    assert more < max(2 * error, limit(measured(searched).bits) / 10)
