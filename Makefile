@@ -10,7 +10,8 @@ VLLM_VENV ?= .venv-vllm
 LLMCOMPRESSOR_VENV ?= .venv-llmcompressor
 BENCH_DIR ?= build/bench
 
-.PHONY: demo install test check lint type fmt test-vllm bench bench-memory bench-llmcompressor golden clean
+.PHONY: demo install test check lint type fmt test-vllm test-loss loss bench bench-memory bench-llmcompressor golden
+.PHONY: clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -53,6 +54,13 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	# Builds for CUDA, which break imports of transformers beside a torch for CPUs.
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
+
+# Trains a small model for several minutes on two cores, kept in build/loss, and asserts what each format costs it.
+test-loss: $(INSTALLED_FOR_TESTS)
+	$(BIN)/python -m pytest tests/loss -m loss
+
+loss: $(INSTALLED_FOR_TESTS)
+	TQDM_DISABLE=1 $(BIN)/python examples/loss.py
 
 # Writes 5 GB and as much again for each output, in BENCH_DIR; takes about five minutes.
 bench: $(INSTALLED)

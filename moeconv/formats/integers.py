@@ -91,7 +91,6 @@ class PackedInt(Format):
     """
 
     quant_method = "compressed-tensors"
-    live_nbytes = 16
 
     def __init__(self, bits: int, symmetric: bool = True, group_size: int = 128, search: str = "amax") -> None:
         self.name = f"w{bits}a16" + ("" if symmetric else "_asym")
@@ -99,6 +98,7 @@ class PackedInt(Format):
         self.symmetric = symmetric
         self.group_size = group_size
         self.search = search
+        self.live_nbytes = 16 if search == "amax" else 22
         self.row_multiple = 1 if symmetric else _WORD_BITS // bits
 
     def refusal(self, shape: Shape, dtype: str) -> str | None:
