@@ -46,7 +46,7 @@ def _stub_kernels() -> None:
 
 
 def load(folder: Path) -> Answer:
-    """Save all parameters of the model in `folder`, by name."""
+    """Save all parameters and persistent buffers of the model in `folder`, by name."""
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
@@ -58,7 +58,6 @@ def load(folder: Path) -> Answer:
     arguments = EngineArgs(
         str(folder),
         skip_tokenizer_init=True,
-        language_model_only=True,
         enforce_eager=True,
         dtype="bfloat16",
         max_model_len=128,
@@ -70,9 +69,8 @@ def load(folder: Path) -> Answer:
         ensure_model_parallel_initialized(1, 1)
         model = loader.create_model(vllm_config=config, model_config=config.model_config)
         loader.load_weights(model, config.model_config)
-    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
-    torch.save(parameters, folder / PARAMETERS)
-    return {"parameters": len(parameters)}
+    torch.save(model.state_dict(), folder / PARAMETERS)
+    return {"file": str(folder / PARAMETERS)}
 
 
 if __name__ == "__main__":

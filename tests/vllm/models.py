@@ -171,6 +171,7 @@ _WIDER = {
     "shared_intermediate_size",
     "head_dim",
     "q_lora_rank",
+    "out_hidden_size",
 }
 # Where the published config.json names another class than the one in transformers, and vLLM goes by that name.
 _PUBLISHED_ARCHITECTURE = {"phimoe": "PhiMoEForCausalLM"}
@@ -206,20 +207,23 @@ def _exchange_experts(model: torch.nn.Module) -> None:
             tensor.copy_(tensor.roll(tensor.shape[0] // EXPERTS, 0))
 
 
-def _text_settings(own: dict[str, Any], wide: bool) -> dict[str, Any]:
-    return {key: 4 * value if wide and key in _WIDER else value for key, value in {**_EVERY, **own}.items()}
+def _sized(settings: dict[str, Any], wide: bool) -> dict[str, Any]:
+    return {
+        key: _sized(value, wide) if isinstance(value, dict) else 4 * value if wide and key in _WIDER else value
+        for key, value in settings.items()
+    }
 
 
 def build(model_type: str, folder: Path, *, exchanged: bool = False, wide: bool = False) -> None:
     """Write a checkpoint; `exchanged` is the same model with its experts in another order, `wide` a larger one."""
     settings = SETTINGS[model_type]
     if "text_config" in settings:
-        settings = {**settings, "text_config": _text_settings(settings["text_config"], wide)}
+        settings = {**settings, "text_config": {**_EVERY, **settings["text_config"]}}
         auto_class = transformers.AutoModelForImageTextToText
     else:
-        settings = _text_settings(settings, wide)
+        settings = {**_EVERY, **settings}
         auto_class = transformers.AutoModelForCausalLM
-    model = auto_class.from_config(transformers.AutoConfig.for_model(model_type, **settings), dtype=torch.bfloat16)
+    model = auto_class.from_config(transformers.AutoConfig.for_model(model_type, **_sized(settings, wide)), dtype=torch.bfloat16)
     _fill(model)
     if exchanged:
         _exchange_experts(model)
