@@ -223,7 +223,9 @@ def build(model_type: str, folder: Path, *, exchanged: bool = False, wide: bool 
     else:
         settings = {**_EVERY, **settings}
         auto_class = transformers.AutoModelForCausalLM
-    model = auto_class.from_config(transformers.AutoConfig.for_model(model_type, **_sized(settings, wide)), dtype=torch.bfloat16)
+    model = auto_class.from_config(
+        transformers.AutoConfig.for_model(model_type, **_sized(settings, wide)), dtype=torch.bfloat16
+    )
     _fill(model)
     if exchanged:
         _exchange_experts(model)

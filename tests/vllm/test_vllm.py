@@ -29,6 +29,7 @@ TABLE = [entry for entry in entries() if entry.engine == "vllm" and entry.layout
 CLAIMS = sorted((model_type, entry.layout, entry.reads) for entry in TABLE for model_type in entry.model_types)
 MODEL_TYPES = sorted({model_type for model_type, _, _ in CLAIMS})
 
+
 @pytest.fixture(scope="session")
 def generate() -> Iterator[Ask]:
     """What vLLM generates from a folder: `tokens` and `logprobs` of each prompt, or `error`."""
