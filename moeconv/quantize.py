@@ -131,20 +131,22 @@ class _Planner:
         kept: list[Unit] = []
         fills: list[Fill] = []
         goal = self.recipe.layout("experts") if "experts" in self.recipe.layouts else None
+        moving: list[Change] = []
         for unit in units:
             if not self.quantizes or goal is None or unit.layout == goal:
                 kept.append(unit)
-                continue
-            made = change(unit, goal, self.recipe, self.problems)
-            if made is None:
-                continue
-            # All of them are asked, so that every rule that names one counts as used.
-            named = [self.decider.decide(_module(spec), is_expert=True) for spec in made.targets if _is_matrix(spec)]
-            if any(decision.format for decision in named):
+            elif (made := change(unit, goal, self.recipe, self.problems)) is not None:
+                moving.append(made)
+        # A router moves with its experts. All matrices are asked, so that every rule that names one counts as used.
+        asked = [(made.unit.block, spec) for made in moving for spec in made.targets if _is_matrix(spec)]
+        named = [(block, self.decider.decide(_module(spec), is_expert=True)) for block, spec in asked]
+        quantized = {block for block, decision in named if decision.format}
+        for made in moving:
+            if made.unit.block in quantized:
                 changes.append(made)
                 fills += made.fills
             else:
-                kept.append(unit)
+                kept.append(made.unit)
         return changes, kept, fills
 
     def _values(self, fills: Sequence[Fill], experts: set[str]) -> list[Value]:

@@ -69,7 +69,10 @@ def load(folder: Path) -> Answer:
         ensure_model_parallel_initialized(1, 1)
         model = loader.create_model(vllm_config=config, model_config=config.model_config)
         loader.load_weights(model, config.model_config)
-    torch.save(model.state_dict(), folder / PARAMETERS)
+    shared = dict(model.named_parameters(remove_duplicate=False))
+    buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
+    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+    torch.save(parameters | buffers, folder / PARAMETERS)
     return {"file": str(folder / PARAMETERS)}
 
 

@@ -38,6 +38,7 @@ CLAIMS = sorted(
 MODEL_TYPES = sorted({model_type for model_type, _, _ in CLAIMS})
 # vLLM does not know their experts one by one, not in full precision either: there is nothing to compare with.
 ONLY_PACKED = {"gpt_oss"}
+COMPARED = sorted({*MODEL_TYPES} - ONLY_PACKED)
 
 # What vLLM's fused parameters hold, in this order.
 FUSED = {
@@ -128,7 +129,7 @@ def test_the_table_speaks_of_every_format() -> None:
     assert len(CLAIMS) == len(MODEL_TYPES) * len(FORMATS)
 
 
-@pytest.mark.parametrize("model_type", sorted({*MODEL_TYPES} - ONLY_PACKED))
+@pytest.mark.parametrize("model_type", COMPARED)
 def test_in_full_precision_every_tensor_has_its_place(model_type: str, source: Callable[[str], Source]) -> None:
     """The layout of what is fused is known here too, so that an error of vLLM's loader is no part of the oracle."""
     _, plain, parameters, placement = source(model_type)
@@ -141,7 +142,7 @@ def test_in_full_precision_every_tensor_has_its_place(model_type: str, source: C
 
 
 def _layer(name: str) -> tuple[str, ...]:
-    return tuple(re.findall(r"\.(?:layers|blocks)\.(\d+)\.", name))
+    return tuple(re.findall(r"(?:layers|blocks)\.(\d+)\.", name))
 
 
 def assert_order(names: Sequence[str]) -> None:
@@ -201,15 +202,14 @@ def test_vllm_reads_several_formats_in_one_checkpoint(
     assert reading(load, quantize(folder, made, "--recipe", made.parent / "mixed.yaml"), placement) == "yes"
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("model_type", COMPARED)
 def test_vllm_reads_what_was_packed_before(
-    model_type: str, name: str, source: Callable[[str], Source], load: Ask, made: Path
+    model_type: str, source: Callable[[str], Source], load: Ask, made: Path
 ) -> None:
     folder, _, _, placement = source(model_type)
     packed = made.parent / "packed"
     succeeds("pack", folder, packed, "--no-fsync")
-    assert reading(load, quantize(packed, made, "--format", name), placement) == "yes"
+    assert reading(load, quantize(packed, made, "--format", "w4a16"), placement) == "yes"
 
 
 @pytest.mark.parametrize("name", FORMATS)
