@@ -20,7 +20,7 @@ from moeconv.errors import PlanError, Problem, UsageError
 from moeconv.formats import FLOATS, Format
 from moeconv.layouts import Unit, find_units
 from moeconv.moves import Change, Fill, change, copy_of
-from moeconv.names import collapse
+from moeconv.names import collapse, natural_key
 from moeconv.plan import (
     BASELINE_BYTES,
     COPY_BUFFER_BYTES,
@@ -154,6 +154,7 @@ class _Planner:
         for fill in fills:
             decisions[fill.target.name] = self._decide(fill, fill.target.name in experts)
         self._keep_together(decisions, {fill.target.name: fill for fill in fills})
+        self._check_experts({name: decisions[name] for name in sorted(experts, key=natural_key)})
         return [self._value(fill, decisions[fill.target.name]) for fill in fills]
 
     def _decide(self, fill: Fill, is_expert: bool) -> Decision:
@@ -194,6 +195,31 @@ class _Planner:
                     )
                 decisions[name] = Decision(None, f"engines fuse it with {partner.rsplit('.', 1)[-1]}, which is kept")
                 break
+
+    def _check_experts(self, decisions: Mapping[str, Decision]) -> None:
+        """All experts of a layer get one format: engines hold them together and are told of the first expert alone."""
+        if "experts" not in self.recipe.layouts:
+            return
+        goal = self.recipe.layout("experts")
+        patterns = [rule.pattern for component in self.recipe.components for rule in component.rules[goal]]
+        firsts: dict[tuple[object, ...], str] = {}
+        unlike: set[tuple[object, ...]] = set()
+        for name, decision in decisions.items():
+            found = next(((match[0], p) for p in patterns if p.ids and (match := p.match(name))), None)
+            if found is None or not name.endswith(WEIGHT):
+                continue
+            group = (found[0], found[1].before, found[1].ids)
+            first = firsts.setdefault(group, name)
+            one, other = decisions[first].format, decision.format
+            if group not in unlike and not _same(one, other):
+                unlike.add(group)
+                self.problems.append(
+                    Problem(
+                        f"{first} would be {one.name if one else 'kept'} and {name} {other.name if other else 'kept'}; "
+                        "engines hold all experts of a layer together",
+                        "Write a rule that gives all of them the same.",
+                    )
+                )
 
     def _dtype(self, fill: Fill) -> str:
         """The dtype in which a matrix goes to its encoder."""

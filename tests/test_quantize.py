@@ -256,6 +256,29 @@ def test_rules_give_parts_of_a_model_different_formats(sources: dict[str, Path],
     assert torch.equal(model.get_parameter("model.layers.1.mlp.experts.gate_up_proj")[3, :128], gate)
 
 
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ('"*.experts.2.*", format: keep', "engines hold all experts of a layer together"),
+        ('"*.experts.*.down_proj", format: keep', "engines hold all experts of a layer together"),
+        (
+            '"*.experts.0.*", format: w8a16',
+            "experts.0.down_proj.weight would be w8a16 and model.layers.1.mlp.experts.1.",
+        ),
+        ('"*.experts.0.*", format: w4a16, group_size: 32', "engines hold all experts of a layer together"),
+        ('"*.q_a_proj", format: w4a16', "kv_a_proj_with_mqa.weight kept; engines fuse the two"),
+    ],
+)
+def test_rules_that_tear_apart_what_engines_fuse(
+    sources: dict[str, Path], tmp_path: Path, rule: str, message: str
+) -> None:
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(f"quantize:\n  - {{match: {rule}}}\n")
+    source = sources["deepseek_v3"]
+    options = ("--recipe", rules, "--format", "w4a16")
+    assert message in refused("quantize", source, tmp_path / "made", *options, within=tmp_path)
+
+
 @pytest.fixture
 def values(sources: dict[str, Path]) -> dict[str, torch.Tensor]:
     """Tensors to be changed, then saved with the config beside them by the test."""
