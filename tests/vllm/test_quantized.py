@@ -202,6 +202,17 @@ def test_vllm_reads_several_formats_in_one_checkpoint(
     assert reading(load, quantize(folder, made, "--recipe", made.parent / "mixed.yaml"), placement) == "yes"
 
 
+@pytest.mark.parametrize("name", ["fp8_block", "w4a16_asym"])
+@pytest.mark.parametrize("model_type", ["llama4", "llama4_text"])
+def test_vllm_reads_a_model_whose_rows_it_reorders_if_those_are_kept(
+    model_type: str, name: str, source: Callable[[str], Source], load: Ask, made: Path
+) -> None:
+    """Which is what the table advises."""
+    folder, _, _, placement = source(model_type)
+    options = (f"--ignore=*.{which}_proj" for which in "qkv")
+    assert reading(load, quantize(folder, made, "--format", name, *options), placement) == "yes"
+
+
 @pytest.mark.parametrize("model_type", COMPARED)
 def test_vllm_reads_what_was_packed_before(
     model_type: str, source: Callable[[str], Source], load: Ask, made: Path
@@ -224,6 +235,17 @@ def test_what_is_kept_by_default_stays_as_it_was(
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(kept)
     assert {before[key].dtype for key in kept if key.endswith(".weight")} == {torch.bfloat16}
     assert not any(part in key for key in kept for part in ("experts", "q_b_proj", "o_proj", "mlp.down_proj"))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_router_that_the_config_does_not_keep_is_a_no(
+    name: str, source: Callable[[str], Source], load: Ask, made: Path
+) -> None:
+    """vLLM casts it to FP8 without a word."""
+    folder, _, _, placement = source("qwen3_moe")
+    path = quantize(folder, made, "--format", name) / "config.json"
+    path.write_text(path.read_text().replace("model.layers.1.mlp.gate", "model.layers.1.mlp.other"))
+    assert reading(load, made, placement).startswith("no: ")
 
 
 @pytest.mark.parametrize("name", FORMATS)
