@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import lcm, prod
 from typing import Any
@@ -22,7 +21,7 @@ from moeconv.errors import PlanError, Problem
 from moeconv.formats import FLOATS, Format
 from moeconv.layouts import Unit, find_units
 from moeconv.moves import Change, Fill, change, copy_of
-from moeconv.names import collapse
+from moeconv.names import collapse, natural_key
 from moeconv.plan import (
     NAME_BYTES,
     Options,
@@ -39,8 +38,6 @@ from moeconv.steps import Content, Decode, Part, Step, Transcode, rearrangement,
 from moeconv.tensors import DTYPE_BITS, Shape, Spec
 
 WEIGHT = ".weight"
-#: The last number of a name that stands between dots.
-_EXPERT_ID = re.compile(r"(?<=\.)\d+(?=\.(?!.*\.\d+\.))")
 
 
 def plan_quantize(source: Checkpoint, recipe: Recipe, scheme: Scheme, options: Options | None = None) -> Plan:
@@ -131,20 +128,22 @@ class _Planner:
         kept: list[Unit] = []
         fills: list[Fill] = []
         goal = self.recipe.layout("experts") if "experts" in self.recipe.layouts else None
+        moving: list[Change] = []
         for unit in units:
             if not self.quantizes or goal is None or unit.layout == goal:
                 kept.append(unit)
-                continue
-            made = change(unit, goal, self.recipe, self.problems)
-            if made is None:
-                continue
-            # All of them are asked, so that every rule that names one counts as used.
-            named = [self.decider.decide(_module(spec), is_expert=True) for spec in made.targets if _is_matrix(spec)]
-            if any(decision.format for decision in named):
+            elif (made := change(unit, goal, self.recipe, self.problems)) is not None:
+                moving.append(made)
+        # A router moves with its experts. All matrices are asked, so that every rule that names one counts as used.
+        asked = [(made.unit.block, spec) for made in moving for spec in made.targets if _is_matrix(spec)]
+        named = [(block, self.decider.decide(_module(spec), is_expert=True)) for block, spec in asked]
+        quantized = {block for block, decision in named if decision.format}
+        for made in moving:
+            if made.unit.block in quantized:
                 changes.append(made)
                 fills += made.fills
             else:
-                kept.append(unit)
+                kept.append(made.unit)
         return changes, kept, fills
 
     def _values(self, fills: Sequence[Fill], experts: set[str]) -> list[Value]:
@@ -152,6 +151,7 @@ class _Planner:
         for fill in fills:
             decisions[fill.target.name] = self._decide(fill, fill.target.name in experts)
         self._keep_together(decisions, {fill.target.name: fill for fill in fills})
+        self._check_experts({name: decisions[name] for name in sorted(experts, key=natural_key)})
         return [self._value(fill, decisions[fill.target.name]) for fill in fills]
 
     def _decide(self, fill: Fill, is_expert: bool) -> Decision:
@@ -193,6 +193,31 @@ class _Planner:
                 decisions[name] = Decision(None, f"engines fuse it with {partner.rsplit('.', 1)[-1]}, which is kept")
                 break
 
+    def _check_experts(self, decisions: Mapping[str, Decision]) -> None:
+        """All experts of a layer get one format: engines hold them together and are told of the first expert alone."""
+        if "experts" not in self.recipe.layouts:
+            return
+        goal = self.recipe.layout("experts")
+        patterns = [rule.pattern for component in self.recipe.components for rule in component.rules[goal]]
+        firsts: dict[tuple[object, ...], str] = {}
+        unlike: set[tuple[object, ...]] = set()
+        for name, decision in decisions.items():
+            found = next(((match[0], p) for p in patterns if p.ids and (match := p.match(name))), None)
+            if found is None or not name.endswith(WEIGHT):
+                continue
+            group = (found[0], found[1].before, found[1].ids)
+            first = firsts.setdefault(group, name)
+            one, other = decisions[first].format, decision.format
+            if group not in unlike and not _same(one, other):
+                unlike.add(group)
+                self.problems.append(
+                    Problem(
+                        f"{first} would be {one.name if one else 'kept'} and {name} {other.name if other else 'kept'}; "
+                        "engines hold all experts of a layer together",
+                        "Write a rule that gives all of them the same.",
+                    )
+                )
+
     def _dtype(self, fill: Fill) -> str:
         """The dtype in which a matrix goes to its encoder."""
         dtype = fill.target.dtype
@@ -223,7 +248,6 @@ class _Planner:
                         )
                     )
                 names.add(spec.name)
-        self._check_experts(values, experts)
         if not self.quantizes:
             if not any(value.source for value in values):
                 self.problems.append(Problem(f"{self.stored.root} is not quantized", "There is nothing to do."))
@@ -251,25 +275,6 @@ class _Planner:
                     "Take fp8_dynamic or fp8_block, which can be mixed with the others.",
                 )
             )
-
-    def _check_experts(self, values: Sequence[Value], experts: set[str]) -> None:
-        """Engines hold one matrix of all experts of a layer in one tensor."""
-        formats: dict[str, Format | None] = {}
-        for value in values:
-            name = value.fill.target.name
-            if name not in experts or not _is_matrix(value.fill.target):
-                continue
-            alike = _EXPERT_ID.sub("*", name)
-            first = formats.setdefault(alike, value.format)
-            if first is not value.format and not _same(first, value.format):
-                self.problems.append(
-                    Problem(
-                        f"{name} would be {value.format.name if value.format else 'kept'}, and others of {alike} "
-                        f"{first.name if first else 'kept'}; engines hold the experts of a layer in one tensor",
-                        "Write rules that give all experts of a layer the same.",
-                    )
-                )
-                formats[alike] = value.format
 
     def _steps(self, value: Value, places: Mapping[str, tuple[int, int]]) -> Iterator[Step]:
         fill, stored = value.fill, value.source

@@ -80,13 +80,13 @@ def test_only_executor_and_verify_start_threads() -> None:
 
 
 def test_only_files_touches_the_disk() -> None:
-    """cli opens only /dev/null; recipes are read where they are parsed."""
+    """process opens only /dev/null; recipes are read where they are parsed."""
     doors: dict[str, set[str]] = {}
     for module, tree in MODULES.items():
         functions = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
         doors[module] = {name for name in functions if re.match(r"open$|os\.(?!path|cpu_count|_exit)|shutil\.", name)}
-    assert {module for module, used in doors.items() if used} == {"files", "cli"}
-    assert doors["cli"] == {"os.open", "os.dup2"}
+    assert {module for module, used in doors.items() if used} == {"files", "process"}
+    assert doors["process"] == {"os.open", "os.dup2"}
 
 
 def test_no_model_family_is_named_in_python() -> None:

@@ -201,12 +201,17 @@ def test_verify_encodes_again_and_finds_one_flipped_bit(sources: dict[str, Path]
     assert "differs from the source" in refused("verify", made, "--against", source, within=tmp_path)
 
 
-def test_packed_experts_are_quantized_one_by_one(sources: dict[str, Path], tmp_path: Path) -> None:
-    """From fused matrices come the same bytes as from the experts themselves."""
-    succeeds("pack", sources["qwen3_moe"], tmp_path / "packed")
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_packed_experts_are_quantized_one_by_one(sources: dict[str, Path], tmp_path: Path, model_type: str) -> None:
+    """From fused matrices comes the same as from the experts themselves, the router's name included."""
+    succeeds("pack", sources[model_type], tmp_path / "packed")
     succeeds("quantize", tmp_path / "packed", tmp_path / "a", "--format", "w4a16", "--jobs", "1")
-    succeeds("quantize", sources["qwen3_moe"], tmp_path / "b", "--format", "w4a16")
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    succeeds("quantize", sources[model_type], tmp_path / "b", "--format", "w4a16")
+    one, other = folder_tensors(tmp_path / "a"), folder_tensors(tmp_path / "b")
+    assert set(one) == set(other)
+    for key, item in other.items():
+        assert torch.equal(one[key].view(torch.uint8), item.view(torch.uint8)), key
+    assert config_of(tmp_path / "a") == config_of(tmp_path / "b")
 
 
 @pytest.mark.parametrize("first", FORMATS)
@@ -294,14 +299,27 @@ def test_rules_for_single_layers_become_groups_that_do_not_overlap(
     assert not all(torch.equal(a, b.to(torch.bfloat16)) for a, b in zip(held, right, strict=True))
 
 
-@pytest.mark.parametrize("pattern", ["*.experts.3.*", "*.layers.1.*.experts.0.w2"])
-def test_single_experts_cannot_have_a_format_of_their_own(
-    sources: dict[str, Path], tmp_path: Path, pattern: str
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ('"*.experts.2.*", format: keep', "engines hold all experts of a layer together"),
+        ('"*.experts.*.down_proj", format: keep', "engines hold all experts of a layer together"),
+        (
+            '"*.experts.0.*", format: w8a16',
+            "experts.0.down_proj.weight would be w8a16 and model.layers.1.mlp.experts.1.",
+        ),
+        ('"*.experts.0.*", format: w4a16, group_size: 32', "engines hold all experts of a layer together"),
+        ('"*.q_a_proj", format: w4a16', "kv_a_proj_with_mqa.weight kept; engines fuse the two"),
+    ],
+)
+def test_rules_that_tear_apart_what_engines_fuse(
+    sources: dict[str, Path], tmp_path: Path, rule: str, message: str
 ) -> None:
-    target = tmp_path / "made"
-    message = refused("quantize", sources["mixtral"], target, "--format", "w4a16", "--ignore", pattern, within=tmp_path)
-    assert "engines hold the experts of a layer in one tensor" in message
-    assert "Write rules that give all experts of a layer the same." in message
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(f"quantize:\n  - {{match: {rule}}}\n")
+    source = sources["deepseek_v3"]
+    options = ("--recipe", rules, "--format", "w4a16")
+    assert message in refused("quantize", source, tmp_path / "made", *options, within=tmp_path)
 
 
 @pytest.fixture

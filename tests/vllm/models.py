@@ -1,7 +1,7 @@
 """Tiny models with random weights, each saved by transformers in the layout in which its family is published.
 
 Sizes are such that no two axes of an expert can be taken for each other, unless they are equal in the release too:
-hidden 64, expert 96, gate and up 192.
+hidden 64, expert 96, gate and up 192; or four times as much, which is made of whole blocks and groups of 128.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _LINEAR_ATTENTION = {
     "linear_num_key_heads": 1,
     "linear_num_value_heads": 2,
     "layer_types": ["linear_attention", "full_attention"],
-    "shared_expert_intermediate_size": 40,
+    "shared_expert_intermediate_size": 32,
 }
 _GROUPS = {"n_group": 2, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.5}
 _SHARED = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1}
@@ -68,7 +68,7 @@ _LOCAL = {"num_local_experts": EXPERTS, "intermediate_size": 96}
 
 # What config.json says, by model_type, beside `_EVERY`.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "qwen2_moe": {**_TWO_SIZES, "num_experts": EXPERTS, "shared_expert_intermediate_size": 40},
+    "qwen2_moe": {**_TWO_SIZES, "num_experts": EXPERTS, "shared_expert_intermediate_size": 32},
     "qwen3_moe": {**_TWO_SIZES, "num_experts": EXPERTS, "head_dim": 32},
     "qwen3_next": {**_TWO_SIZES, **_LINEAR_ATTENTION, "num_experts": EXPERTS},
     "olmoe": {"num_experts": EXPERTS, "intermediate_size": 96},
@@ -102,11 +102,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "minimax_m2": {**_LOCAL, "head_dim": 32, "rotary_dim": 16, "scoring_func": "softmax", "use_routing_bias": True},
     "phimoe": {**_LOCAL, "attention_bias": True, "lm_head_bias": True},
     "granitemoe": {**_LOCAL, "attention_multiplier": 0.18},
-    "granitemoeshared": {**_LOCAL, "attention_multiplier": 0.18, "shared_intermediate_size": 40},
+    "granitemoeshared": {**_LOCAL, "attention_multiplier": 0.18, "shared_intermediate_size": 32},
     "granitemoehybrid": {
         **_LOCAL,
         "attention_multiplier": 0.18,
-        "shared_intermediate_size": 40,
+        "shared_intermediate_size": 32,
         "layer_types": ["attention", "attention"],
     },
     "lfm2_moe": {
@@ -132,7 +132,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": 256,
         "hidden_size_per_layer_input": 0,
     },
-    "granitemoe_swa": {**_LOCAL, "attention_multiplier": 0.18, "shared_intermediate_size": 40},
+    "granitemoe_swa": {**_LOCAL, "attention_multiplier": 0.18, "shared_intermediate_size": 32},
     "llama4": {
         "text_config": {**_LOCAL, "head_dim": 32, "intermediate_size_mlp": 160, "num_experts_per_tok": 1},
         "vision_config": {
@@ -161,6 +161,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 
+# What is four times as large in a wide model.
+_WIDER = {
+    "hidden_size",
+    "intermediate_size",
+    "intermediate_size_mlp",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "shared_intermediate_size",
+    "head_dim",
+    "q_lora_rank",
+    "out_hidden_size",
+}
 # Where the published config.json names another class than the one in transformers, and vLLM goes by that name.
 _PUBLISHED_ARCHITECTURE = {"phimoe": "PhiMoEForCausalLM"}
 # Families whose class in vLLM prepares pictures too, which takes a torchvision that can be imported.
@@ -183,8 +195,8 @@ def _fill(model: torch.nn.Module) -> None:
             continue
         if tensor.ndim >= 2:
             tensor.copy_(_values(name, tensor.shape, min(0.2, 1.6 / tensor.shape[-1] ** 0.5)))
-        elif name.endswith("bias"):
-            tensor.copy_(_values(name, tensor.shape, 0.1))
+        else:
+            tensor.copy_(_values(name, tensor.shape, 0.1) + (0 if name.endswith("bias") else 1))
 
 
 @torch.no_grad()
@@ -195,8 +207,15 @@ def _exchange_experts(model: torch.nn.Module) -> None:
             tensor.copy_(tensor.roll(tensor.shape[0] // EXPERTS, 0))
 
 
-def build(model_type: str, folder: Path, *, exchanged: bool = False) -> None:
-    """Write a checkpoint; `exchanged` is the same model with its experts in another order."""
+def _sized(settings: dict[str, Any], wide: bool) -> dict[str, Any]:
+    return {
+        key: _sized(value, wide) if isinstance(value, dict) else 4 * value if wide and key in _WIDER else value
+        for key, value in settings.items()
+    }
+
+
+def build(model_type: str, folder: Path, *, exchanged: bool = False, wide: bool = False) -> None:
+    """Write a checkpoint; `exchanged` is the same model with its experts in another order, `wide` a larger one."""
     settings = SETTINGS[model_type]
     if "text_config" in settings:
         settings = {**settings, "text_config": {**_EVERY, **settings["text_config"]}}
@@ -204,7 +223,9 @@ def build(model_type: str, folder: Path, *, exchanged: bool = False) -> None:
     else:
         settings = {**_EVERY, **settings}
         auto_class = transformers.AutoModelForCausalLM
-    model = auto_class.from_config(transformers.AutoConfig.for_model(model_type, **settings), dtype=torch.bfloat16)
+    model = auto_class.from_config(
+        transformers.AutoConfig.for_model(model_type, **_sized(settings, wide)), dtype=torch.bfloat16
+    )
     _fill(model)
     if exchanged:
         _exchange_experts(model)

@@ -6,14 +6,12 @@ and generates anything else is a "no", as is one that does not load.
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -25,41 +23,22 @@ vllm = pytest.importorskip("vllm")
 
 from tests.folders import read_folder
 from tests.vllm import models
+from tests.vllm.server import Answer, Ask, asking
 
 TABLE = [entry for entry in entries() if entry.engine == "vllm" and entry.layout]
 CLAIMS = sorted((model_type, entry.layout, entry.reads) for entry in TABLE for model_type in entry.model_types)
 MODEL_TYPES = sorted({model_type for model_type, _, _ in CLAIMS})
 
-Answer = dict[str, Any]
-Generate = Callable[[Path], Answer]
-
 
 @pytest.fixture(scope="session")
-def generate() -> Iterator[Generate]:
+def generate() -> Iterator[Ask]:
     """What vLLM generates from a folder: `tokens` and `logprobs` of each prompt, or `error`."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.vllm.generate"],
-        cwd=Path(__file__).parents[2],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as server:
-        assert server.stdin is not None
-        assert server.stdout is not None
-
-        def ask(folder: Path) -> Answer:
-            server.stdin.write(f"{folder}\n")
-            server.stdin.flush()
-            answer = json.loads(server.stdout.readline())
-            assert "broken" not in answer, answer["broken"]
-            return answer
-
+    with asking("tests.vllm.generate") as ask:
         yield ask
-        server.stdin.close()
 
 
 @pytest.fixture(scope="session")
-def source(generate: Generate, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Answer]]:
+def source(generate: Ask, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Answer]]:
     """A family's tiny checkpoint as transformers saves it, and what vLLM generates from it."""
 
     @cache
@@ -99,7 +78,7 @@ def test_the_table_is_for_the_vllm_that_is_installed() -> None:
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_what_the_source_generates_depends_on_which_expert_is_which(
-    model_type: str, source: Callable[[str], tuple[Path, Answer]], generate: Generate, tmp_path: Path
+    model_type: str, source: Callable[[str], tuple[Path, Answer]], generate: Ask, tmp_path: Path
 ) -> None:
     _, expected = source(model_type)
     assert "error" not in expected, expected["error"]
@@ -114,7 +93,7 @@ def test_vllm_reads_a_layout_as_the_table_says(
     layout: str,
     reads: str,
     source: Callable[[str], tuple[Path, Answer]],
-    generate: Generate,
+    generate: Ask,
     tmp_path: Path,
 ) -> None:
     folder, expected = source(model_type)
