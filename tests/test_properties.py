@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from moeconv.checkpoint import open_checkpoint
+from moeconv.device import CpuDevice
 from moeconv.executor import execute
 from moeconv.files import Files, Rows
 from moeconv.names import Pattern, collapse
@@ -71,7 +72,8 @@ def test_every_output_byte_is_written_exactly_once(case: Case, layout: str, shar
         written = [numpy.zeros(file.nbytes, numpy.int64) for file in made.files]
         for file, counts in zip(made.files, written, strict=True):
             counts[: len(file.head)] += 1
-        worker = Worker(Files(), [made.source.root / file.path for file in made.source.files], made.memory.buffer)
+        paths = [made.source.root / file.path for file in made.source.files]
+        worker = Worker(Files(), paths, made.memory, CpuDevice())
 
         def sink(number: int, offset: int, content: memoryview, rows: Rows | None) -> None:
             if rows is None:
