@@ -10,9 +10,10 @@ from moeconv.plan import BASELINE_BYTES, COPY_BUFFER_BYTES, TORCH_BYTES, Memory,
 from moeconv.steps import Decode, Step, Transcode, staged_nbytes, tile_rows, whole_run
 from moeconv.tensors import DTYPE_BITS
 
-#: Elements of a tile on a CPU: reads and writes of half a megabyte and more, and results that stay in its cache.
-CPU_TILE_ELEMENTS = 1 << 19
-#: Sizes that are tried on a GPU, where a tile must be worth a few launches of kernels (not measured yet).
+#: Elements of a tile on a CPU, the first that the budget allows. Threads share Python's lock, which changes hands a few
+#: times for each tile: small ones cost up to twice the time.
+CPU_TILE_ELEMENTS = tuple(1 << bits for bits in range(21, 15, -1))
+#: The same for a GPU, where a tile must be worth a few launches of kernels (not measured yet).
 GPU_TILE_ELEMENTS = tuple(1 << bits for bits in range(23, 15, -1))
 #: Jobs of a lane of a GPU: one computes while the next is read (`device`).
 GPU_DEPTH = 2
@@ -51,7 +52,7 @@ def transcoding_memory(steps: Sequence[Step], names: int, tasks: int, options: O
     on_gpu = options.devices != ("cpu",) and bool(transcodes)
     baseline = BASELINE_BYTES + (TORCH_BYTES if transcodes else 0) + (CUDA_BYTES if on_gpu else 0)
     sharing = -(-jobs // len(options.devices))  # workers of one device
-    tiles = GPU_TILE_ELEMENTS if on_gpu else (CPU_TILE_ELEMENTS,)
+    tiles = GPU_TILE_ELEMENTS if on_gpu else CPU_TILE_ELEMENTS
     room = None if options.max_memory is None else options.max_memory - baseline - names
     for tile in tiles:  # the largest one that all threads can have, or the smallest with fewer threads
         needs = _needs(transcodes, tile, on_gpu)
