@@ -15,6 +15,7 @@ import typer
 from moeconv import __version__
 from moeconv.options import (
     Command,
+    DecodedDtypeOption,
     Destination,
     DeviceOption,
     DryRunOption,
@@ -267,7 +268,7 @@ def quantize(
 
 @app.command(cls=Command)
 def dequantize(
-    source: Source, destination: Destination, dtype: DtypeOption = None, recipe: RecipeOption = None,
+    source: Source, destination: Destination, dtype: DecodedDtypeOption = None, recipe: RecipeOption = None,
     layout: LayoutOption = None, include: IncludeOption = None, max_shard_size: ShardOption = "5GB",
     jobs: JobsOption = None, max_memory: MemoryOption = None, device: DeviceOption = "auto",
     max_vram: VramOption = None, as_json: JsonOption = False, dry_run: DryRunOption = False,

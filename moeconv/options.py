@@ -125,8 +125,15 @@ ScaleOption = Annotated[
 Ue8m0Option = Annotated[bool, typer.Option("--ue8m0", help="Scales of fp8 are powers of two.")]
 DtypeOption = Annotated[
     str | None,
-    typer.Option("--dtype", help="Round float32 to it first; what to decode to.", metavar="bfloat16|float16|float32"),
+    typer.Option("--dtype", help="Round float32 matrices to it first.", metavar="bfloat16|float16|float32"),
 ]
+DecodedDtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", help="Decode to it. Default: the dtype of the scales, or of the model.",
+        metavar="bfloat16|float16|float32",
+    ),
+]  # fmt: skip
 NonfiniteOption = Annotated[bool, typer.Option("--allow-nonfinite", help="Count NaN and infinities as zero.")]
 
 
