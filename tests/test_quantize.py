@@ -24,6 +24,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64,
     },
+    "glm4_moe_lite": {
+        "moe_intermediate_size": 128, "intermediate_size": 256, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+        "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 1, "q_lora_rank": 128,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64,
+    },
     "glm4_moe": {
         "moe_intermediate_size": 128, "intermediate_size": 256, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
         "first_k_dense_replace": 1, "n_shared_experts": 1, "head_dim": 64, "num_experts_per_tok": 2,
