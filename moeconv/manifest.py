@@ -36,7 +36,7 @@ def build_manifest(plan: Plan, command: Sequence[str]) -> bytes:
         "layout": plan.layout,
         "source_layout": plan.options.layout,
         "include": list(plan.options.include),
-        "kept": [unit.block for unit in plan.kept] if plan.changes else [],
+        "kept": _kept(plan),
         "scheme": json.loads(plan.scheme.text) if plan.scheme else None,
         "recipe": {"name": plan.recipe.name, "text": plan.recipe.text},
         "source": {
@@ -57,6 +57,12 @@ def build_manifest(plan: Plan, command: Sequence[str]) -> bytes:
     }
     # Python has bytes of names that are not UTF-8 as half characters; they become escapes, which stay JSON.
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _kept(plan: Plan) -> list[str]:
+    """Blocks that stayed as they were while others changed; a block with something that changed did not stay."""
+    changed = {made.unit.block for made in plan.changes}
+    return list(dict.fromkeys(unit.block for unit in plan.kept if unit.block not in changed)) if changed else []
 
 
 def _history(manifest: Mapping[str, Any]) -> list[Any]:

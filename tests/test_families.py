@@ -16,6 +16,7 @@ from moeconv.layouts import find_units
 from moeconv.plan import Options, Plan, plan
 from moeconv.recipe_file import load_shipped
 from moeconv.selection import select_recipe
+from tests.commands import succeeds
 from tests.families import NOT_BUILT, build, save_published
 from tests.folders import read_folder
 
@@ -115,6 +116,15 @@ def test_sharding_and_seed_do_not_matter(seed: int, max_shard_size: str, tmp_pat
     save_published(model, tmp_path / "source", max_shard_size)
     assert (tmp_path / "source" / "model.safetensors.index.json").exists() == (max_shard_size == "8KB")
     assert_same_parameters(model, convert(tmp_path / "source", tmp_path / "packed", "packed"))
+
+
+def test_a_router_that_no_layout_moves_does_not_hold_its_experts(tmp_path: Path) -> None:
+    """`unpack` leaves what was packed before, but not a block whose router alone needed no change."""
+    save_published(build("granitemoe_swa", seed=5), tmp_path / "hub")
+    experts = convert(tmp_path / "hub", tmp_path / "experts", "experts")
+    succeeds("pack", experts, tmp_path / "packed")
+    succeeds("unpack", tmp_path / "packed", tmp_path / "back")
+    assert read_folder(tmp_path / "back") == read_folder(experts) != read_folder(tmp_path / "packed")
 
 
 OTHER_LAYOUTS = [
