@@ -10,8 +10,8 @@ from moeconv.plan import BASELINE_BYTES, COPY_BUFFER_BYTES, TORCH_BYTES, Memory,
 from moeconv.steps import Decode, Step, Transcode, staged_nbytes, tile_rows, whole_run
 from moeconv.tensors import DTYPE_BITS
 
-#: Elements of a tile on a CPU, the first that the budget allows. Threads share Python's lock, which changes hands a few
-#: times for each tile: small ones cost up to twice the time.
+#: Elements of a tile on a CPU, the first that the budget allows. Each costs some hundred calls, small and large ones
+#: alike: an eighth of the largest takes a seventh more time, and threads in place of processes need it all.
 CPU_TILE_ELEMENTS = tuple(1 << bits for bits in range(21, 15, -1))
 #: The same for a GPU, where a tile must be worth a few launches of kernels (not measured yet).
 GPU_TILE_ELEMENTS = tuple(1 << bits for bits in range(23, 15, -1))
@@ -21,6 +21,8 @@ GPU_DEPTH = 2
 GPU_ROUNDING = 1.5
 #: What a CUDA context adds to the host's peak (not measured yet).
 CUDA_BYTES = 1 << 30
+#: What a worker process on a CPU does not share with the others (`pool`; measured, `tests/bench/memory.py`).
+PROCESS_BYTES = 24 << 20
 #: Room for each row that is read apart from the others (`worker`), and copies of a tile that rearranging needs.
 _GAP_NBYTES = 64
 _REARRANGED_COPIES = 2
@@ -99,7 +101,7 @@ def _needs(transcodes: Sequence[Transcode], tile: int, on_gpu: bool) -> _Needs:
         if not isinstance(step.source, Decode) and whole_run(step.source) is None:
             item = DTYPE_BITS[step.source_dtype] // 8
             buffer = elements * item * _REARRANGED_COPIES + _GAP_NBYTES * sum(step.shape)
-        results = rows * step.row_nbytes * depth if on_gpu else live
+        results = rows * step.row_nbytes * depth if on_gpu else live + PROCESS_BYTES
         needs = _Needs(
             max(needs.buffer, buffer), max(needs.staging, staging),
             max(needs.scratch, depth * staging + results), max(needs.device, int(live * GPU_ROUNDING)),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,11 +46,12 @@ from moeconv.options import (
     parse_dtype,
     parse_size,
 )  # fmt: skip
-from moeconv.process import run_process
+from moeconv.process import is_own_process, run_process
 
 if TYPE_CHECKING:
     from moeconv.checkpoint import Checkpoint
     from moeconv.plan import Options, Plan
+    from moeconv.pool import Pool
     from moeconv.recipe import Recipe
 
 
@@ -123,7 +125,20 @@ def _show_plan(made: Plan, destination: Path, *, as_json: bool) -> None:
     _print_json(plan_json(made, disk)) if as_json else print(plan_text(made, disk))
 
 
-def _run(made: Plan, destination: Path, *, fsync: bool, overwrite: bool, as_json: bool) -> None:
+def _start_pool(jobs: int | None, device: str, dry_run: bool) -> AbstractContextManager[Pool | None]:
+    """Processes that encode, where that is done on the CPU; they import torch while the plan is made."""
+    from moeconv.device import find_devices
+    from moeconv.plan import default_jobs
+    from moeconv.pool import Pool, can_fork
+
+    if dry_run or not is_own_process() or find_devices(device) != ("cpu",) or not can_fork():
+        return nullcontext()
+    return Pool(default_jobs(jobs))
+
+
+def _run(
+    made: Plan, destination: Path, *, fsync: bool, overwrite: bool, as_json: bool, pool: Pool | None = None
+) -> None:  # fmt: skip
     from moeconv.executor import execute
     from moeconv.explain import count, size
     from moeconv.progress import Progress
@@ -132,7 +147,7 @@ def _run(made: Plan, destination: Path, *, fsync: bool, overwrite: bool, as_json
         print(f"moeconv: warning: {warning}", file=sys.stderr)
     with Progress() as progress:
         outcome = execute(
-            made, destination, sys.argv[1:], fsync=fsync, overwrite=overwrite, progress=progress.show
+            made, destination, sys.argv[1:], fsync=fsync, overwrite=overwrite, progress=progress.show, pool=pool
         )  # fmt: skip
     if as_json:
         _print_json(
@@ -163,12 +178,13 @@ def _run(made: Plan, destination: Path, *, fsync: bool, overwrite: bool, as_json
 
 
 def _show_or_run(
-    made: Plan, destination: Path, as_json: bool, dry_run: bool, no_fsync: bool, overwrite: bool
+    made: Plan, destination: Path, as_json: bool, dry_run: bool, no_fsync: bool, overwrite: bool,
+    pool: Pool | None = None,
 ) -> None:  # fmt: skip
     if dry_run:
         _show_plan(made, destination, as_json=as_json)
     else:
-        _run(made, destination, fsync=not no_fsync, overwrite=overwrite, as_json=as_json)
+        _run(made, destination, fsync=not no_fsync, overwrite=overwrite, as_json=as_json, pool=pool)
 
 
 def _convert(
@@ -259,11 +275,12 @@ def quantize(
     from moeconv.writer import check_destination
 
     check_destination(source, destination)
-    made = _plan_quantize(
-        source, recipe, layout, include, max_shard_size, jobs, max_memory, format_, ignore, only, group_size,
-        scale, ue8m0, dtype, allow_nonfinite, device, max_vram,
-    )  # fmt: skip
-    _show_or_run(made, destination, as_json, dry_run, no_fsync, overwrite)
+    with _start_pool(jobs, device, dry_run) as pool:
+        made = _plan_quantize(
+            source, recipe, layout, include, max_shard_size, jobs, max_memory, format_, ignore, only, group_size,
+            scale, ue8m0, dtype, allow_nonfinite, device, max_vram,
+        )  # fmt: skip
+        _show_or_run(made, destination, as_json, dry_run, no_fsync, overwrite, pool)
 
 
 @app.command(cls=Command)
@@ -279,11 +296,12 @@ def dequantize(
     from moeconv.writer import check_destination
 
     check_destination(source, destination)
-    checkpoint, found, options = _open(
-        source, recipe, layout, include, max_shard_size, jobs, max_memory, device, max_vram
-    )  # fmt: skip
-    made = plan_dequantize(checkpoint, found, parse_dtype(dtype), options)
-    _show_or_run(made, destination, as_json, dry_run, no_fsync, overwrite)
+    with _start_pool(jobs, device, dry_run) as pool:
+        checkpoint, found, options = _open(
+            source, recipe, layout, include, max_shard_size, jobs, max_memory, device, max_vram
+        )  # fmt: skip
+        made = plan_dequantize(checkpoint, found, parse_dtype(dtype), options)
+        _show_or_run(made, destination, as_json, dry_run, no_fsync, overwrite, pool)
 
 
 def _plan(

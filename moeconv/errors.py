@@ -6,6 +6,7 @@
     ├── CheckpointError   the source folder is not a checkpoint that can be trusted
     ├── PlanError         the conversion asked for is not possible; found before a byte is written
     ├── OutputError       the destination cannot be written, or holds something else
+    ├── RunError          the system took something away that the run needs
     └── VerifyError       a finished folder is not what it should be
 
 An error carries one or more `Problem`s, because all problems of a plan are shown together.
@@ -77,6 +78,10 @@ class PlanError(MoeconvError):
 
 class OutputError(MoeconvError):
     """The destination cannot be written, or holds something else."""
+
+
+class RunError(MoeconvError):
+    """The system took something away that the run needs."""
 
 
 class VerifyError(MoeconvError):

@@ -1,4 +1,4 @@
-"""Runs a plan: threads that take tasks in order, one that makes their results durable, and nothing decided here."""
+"""Runs a plan: a thread for each runner of tasks, one that makes their results durable, and nothing decided here."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from typing import NamedTuple
 from moeconv.checkpoint import WeightFile
 from moeconv.device import Device, make_device
 from moeconv.errors import CheckpointError
-from moeconv.files import Files, FileStat, Rows, WriteFile
+from moeconv.files import Files, FileStat
 from moeconv.manifest import build_manifest
 from moeconv.plan import Plan
-from moeconv.steps import Task
-from moeconv.transcoder import Sink
-from moeconv.worker import Worker
+from moeconv.pool import Places, Pool, Runner, ThreadRunner
+from moeconv.steps import Task, Transcode
 from moeconv.writer import Writer
 
 #: A run that dies repeats at most what was not journalled: this many bytes or seconds of work, plus the tasks at hand.
@@ -51,6 +50,7 @@ def execute(
     overwrite: bool = False,
     progress: Progress | None = None,
     devices: Sequence[Device] = (),
+    pool: Pool | None = None,
 ) -> Outcome:
     """Make `destination` from a plan.
 
@@ -63,6 +63,7 @@ def execute(
         overwrite: replace a finished folder of another plan, discard an unfinished one.
         progress: told how far the run is.
         devices: in place of those that the plan names.
+        pool: processes that encode, in place of threads.
 
     Raises:
         OutputError: the destination cannot be written or is something else.
@@ -77,7 +78,7 @@ def execute(
         done = writer.open()
         tasks = [task for task in plan.tasks if task.id not in done]
         devices = devices or [make_device(name) for name in plan.options.devices]
-        run = _Run(plan, writer, files, tasks, devices, progress)
+        run = _Run(plan, writer, files, tasks, devices, pool, progress)
         run.start()
         try:
             manifest = build_manifest(plan, command)  # while the threads work
@@ -130,13 +131,14 @@ class _Queue:
 class _Run:
     def __init__(
         self, plan: Plan, writer: Writer, files: Files, tasks: Sequence[Task], devices: Sequence[Device],
-        progress: Progress | None,
+        pool: Pool | None, progress: Progress | None,
     ) -> None:  # fmt: skip
         self.plan = plan
         self.writer = writer
         self.files = files
         self.tasks = tasks
         self.devices = devices
+        self.pool = pool
         self.progress = progress
         self.lock = threading.Lock()
         self.wake = threading.Condition(self.lock)
@@ -151,13 +153,26 @@ class _Run:
     def start(self) -> None:
         """Set the threads to work. `wait` must follow."""
         jobs = min(self.plan.memory.jobs, max(1, len(self.tasks)))
-        self.working = jobs
-        for number in range(jobs):
-            device = self.devices[number % len(self.devices)]
-            self.threads.append(threading.Thread(target=self._guarded, args=(partial(self._take_tasks, device),)))
+        runners = self._runners(jobs)
+        self.working = len(runners)
+        for runner in runners:
+            self.threads.append(threading.Thread(target=self._guarded, args=(partial(self._take_tasks, runner),)))
         self.threads.append(threading.Thread(target=self._guarded, args=(self._journal_tasks,)))
         for thread in self.threads:
             thread.start()
+
+    def _runners(self, jobs: int) -> Sequence[Runner]:
+        sources = tuple(self.plan.source.root / file.path for file in self.plan.source.files)
+        places = Places(sources, self.writer.targets, self.plan.memory)
+        if self.pool and any(isinstance(step, Transcode) for task in self.tasks for step in task.steps):
+            return self.pool.runners(jobs, places, self._wrote)
+        return [
+            ThreadRunner(self.files, places, self.devices[number % len(self.devices)], self._wrote)
+            for number in range(jobs)
+        ]
+
+    def _wrote(self, nbytes: int) -> None:
+        self.done_nbytes += nbytes  # only shown: a lost update does no harm
 
     def wait(self) -> None:
         """Until all tasks are done; the first failure stops the others and is raised."""
@@ -188,9 +203,7 @@ class _Run:
                 self.failure = self.failure or error
             self._stop()
 
-    def _take_tasks(self, device: Device) -> None:
-        sources = [self.plan.source.root / file.path for file in self.plan.source.files]
-        worker = Worker(self.files, sources, self.plan.memory, device)
+    def _take_tasks(self, runner: Runner) -> None:
         lane: int | None = None
         try:
             while True:
@@ -199,35 +212,15 @@ class _Run:
                 if task is None:
                     return
                 lane = task.steps[0].target_file
-                self._run_task(worker, task)
+                runner.run(task)
+                with self.lock:
+                    self.pending.append(task)
+                    self.wake.notify_all()
         finally:
-            worker.close()
+            runner.close()
             with self.lock:
                 self.working -= 1
                 self.wake.notify_all()
-
-    def _run_task(self, worker: Worker, task: Task) -> None:
-        target = self.writer.target(task.steps[0].target_file)
-        try:
-            sink = self._sink(target)
-            for step in task.steps:
-                worker.run(step, sink)
-            worker.finish(sink)
-        finally:
-            target.close()
-        with self.lock:
-            self.pending.append(task)
-            self.wake.notify_all()
-
-    def _sink(self, target: WriteFile) -> Sink:
-        def write(_: int, offset: int, content: memoryview, rows: Rows | None) -> None:
-            if rows is None:
-                target.write_at(content, offset)
-            else:
-                target.write_rows(content, offset, rows)
-            self.done_nbytes += len(content)  # only shown: a lost update does no harm
-
-        return write
 
     def _journal_tasks(self) -> None:
         batch: list[Task] = []

@@ -349,9 +349,10 @@ def _metadata(source: Checkpoint) -> dict[str, str]:
     return merged
 
 
-def default_jobs(asked: int | None, tasks: int) -> int:
-    """Threads of a run: as asked for or one a core and at most 8, and no more than there are tasks."""
-    return min(asked or min(8, os.cpu_count() or 1), max(1, tasks))
+def default_jobs(asked: int | None, tasks: int | None = None) -> int:
+    """Workers of a run: as asked for or one a core and at most 8, and no more than there are tasks."""
+    wanted = asked or min(8, os.cpu_count() or 1)
+    return wanted if tasks is None else min(wanted, max(1, tasks))
 
 
 def _memory(source: Checkpoint, files: Sequence[TargetFile], tasks: Sequence[Task], options: Options) -> Memory:

@@ -14,15 +14,24 @@ from moeconv.errors import MoeconvError
 
 INTERRUPTED = 130
 
+_is_own = False
+
 
 def run_process(command: Callable[[], None]) -> NoReturn:
     """Run the whole command line, and end the process with its exit code."""
+    global _is_own
+    _is_own = True
     signal.signal(signal.SIGTERM, _interrupt)
     _complete_streams()
     gc.disable()  # a short life with many small objects and no cycles: collecting only costs
     code = guarded(command)
     sys.stderr.flush()
     os._exit(code)  # everything is closed and flushed: taking the interpreter apart would only cost time
+
+
+def is_own_process() -> bool:
+    """Whether this process does nothing but run the command line."""
+    return _is_own
 
 
 def _interrupt(*_: object) -> NoReturn:

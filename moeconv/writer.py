@@ -337,6 +337,11 @@ class Writer:
         if self.fsync:
             self._journal.sync()
 
+    @property
+    def targets(self) -> tuple[Path, ...]:
+        """Where the plan's weight files are made."""
+        return tuple(self.partial / file.path for file in self.plan.files)
+
     def target(self, number: int) -> WriteFile:
         """A handle of target file `number`; the caller closes it."""
         return self.files.open_write(self.partial / self.plan.files[number].path)

@@ -18,8 +18,8 @@ ORDER = [
     "__init__", "errors", "files", "device", "tensors", "dims", "names", "ops", "yamldoc", "recipe", "recipe_file",
     "header", "formats.format", "formats.strips", "formats.fp8", "formats.integers", "formats", "checkpoint",
     "encoded", "config_json", "layouts", "moves", "steps", "engines", "scheme", "plan", "budget", "quantize",
-    "explain", "manifest", "selection", "transcoder", "worker", "writer", "executor", "verify", "inspect", "progress",
-    "options", "process", "cli", "__main__",
+    "explain", "manifest", "selection", "transcoder", "worker", "pool", "writer", "executor", "verify", "inspect",
+    "progress", "options", "process", "cli", "__main__",
 ]  # fmt: skip
 
 
@@ -74,18 +74,21 @@ def test_only_the_command_line_prints() -> None:
     assert writes <= {"cli", "process", "progress"}
 
 
-def test_only_executor_and_verify_start_threads() -> None:
+def test_only_executor_and_verify_start_threads_and_the_pool_processes() -> None:
     starters = {"Thread", "ThreadPoolExecutor", "ProcessPoolExecutor", "Process", "Popen", "fork"}
-    assert {module for module in MODULES if starters & calls_in(module)} == {"executor", "verify"}
+    assert {module for module in MODULES if starters & calls_in(module)} == {"executor", "verify", "pool"}
+    assert "fork" in calls_in("pool")
 
 
 def test_only_files_touches_the_disk() -> None:
-    """process opens only /dev/null; recipes are read where they are parsed."""
+    """process opens only /dev/null, pool only pipes; recipes are read where they are parsed."""
     doors: dict[str, set[str]] = {}
     for module, tree in MODULES.items():
         functions = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
         doors[module] = {name for name in functions if re.match(r"open$|os\.(?!path|cpu_count|_exit)|shutil\.", name)}
-    assert {module for module, used in doors.items() if used} == {"files", "process"}
+    assert {module for module, used in doors.items() if used} == {"files", "process", "pool"}
+    processes = {"os.fork", "os.getpid", "os.getppid", "os.kill", "os.waitpid"}
+    assert doors["pool"] == {"os.pipe", "os.fdopen", "os.close"} | processes
     assert doors["process"] == {"os.open", "os.dup2"}
 
 
