@@ -21,6 +21,9 @@ GPU_DEPTH = 2
 GPU_ROUNDING = 1.5
 #: What a CUDA context adds to the host's peak (not measured yet).
 CUDA_BYTES = 1 << 30
+#: What all workers on CPUs take together by default, if the smallest tiles allow: a run then stays below 700 MB beside
+#: the names, however many cores there are.
+ALL_WORKERS_BYTES = 300 << 20
 #: What a worker process on a CPU does not share with the others (`pool`; measured, `tests/bench/memory.py`).
 PROCESS_BYTES = 24 << 20
 #: Room for each row that is read apart from the others (`worker`), and copies of a tile that rearranging needs.
@@ -56,10 +59,11 @@ def transcoding_memory(steps: Sequence[Step], names: int, tasks: int, options: O
     sharing = -(-jobs // len(options.devices))  # workers of one device
     tiles = GPU_TILE_ELEMENTS if on_gpu else CPU_TILE_ELEMENTS
     room = None if options.max_memory is None else options.max_memory - baseline - names
-    for tile in tiles:  # the largest one that all threads can have, or the smallest with fewer threads
+    wanted = room if room is not None or on_gpu else ALL_WORKERS_BYTES
+    for tile in tiles:  # the largest one that all workers can have, or the smallest with fewer workers
         needs = _needs(transcodes, tile, on_gpu)
         host = needs.buffer + needs.scratch
-        if (room is None or jobs * host <= room) and (
+        if (wanted is None or jobs * host <= wanted) and (
             not on_gpu or options.max_vram is None or sharing * needs.device <= options.max_vram
         ):
             break

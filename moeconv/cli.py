@@ -101,10 +101,13 @@ def _open(
     """The checkpoint, its recipe, and the options of every command that writes."""
     from moeconv.checkpoint import open_checkpoint
     from moeconv.device import find_devices
+    from moeconv.errors import UsageError
     from moeconv.plan import Options
     from moeconv.selection import select_recipe
 
     check_layouts(None, layout)
+    if max_vram is not None and device == "cpu":
+        raise UsageError("--max-vram bounds the memory of GPUs, and --device cpu takes none", "Leave one of them out.")
     options = Options(
         max_shard_nbytes=parse_size(max_shard_size, "--max-shard-size"),
         jobs=jobs,

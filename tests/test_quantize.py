@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -386,6 +387,7 @@ def test_numbers_too_far_apart_for_a_zero_point_are_not_called_infinite(
         (["--format", "w4a16", "--scale", "best"], "'best' is no way to choose scales"),
         (["--format", "w4a16", "--group-size", "12"], "a group of 12 columns cannot be packed"),
         (["--format", "fp8", "--dtype", "float64"], "--dtype 'float64' is no dtype of full precision"),
+        (["--format", "fp8", "--device", "cpu", "--max-vram", "1GB"], "--max-vram bounds the memory of GPUs"),
     ],
 )
 def test_a_command_line_that_cannot_be_right(
@@ -468,6 +470,31 @@ def test_the_plan_tells_what_becomes_of_everything(sources: dict[str, Path]) -> 
     assert {engine["engine"].split()[0]: engine["reads"] for engine in report["engines"]} == {
         "transformers": "yes", "vllm": "yes",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 8])
+def test_the_defaults_stay_below_700_mb_on_any_number_of_cores(
+    sources: dict[str, Path], tmp_path: Path, jobs: int
+) -> None:
+    """Matrices of DeepSeek-V3, in a file that holds nothing but its header."""
+    header: dict[str, Any] = {}
+    for expert in range(16):
+        for part, shape in (("gate", (2048, 7168)), ("up", (2048, 7168)), ("down", (7168, 2048))):
+            at = len(header) * 2048 * 7168 * 2
+            entry = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + 2048 * 7168 * 2]}
+            header[f"model.layers.1.mlp.experts.{expert}.{part}_proj.weight"] = entry
+    text = json.dumps(header).encode()
+    (tmp_path / "source").mkdir()
+    file = tmp_path / "source" / "model.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(file, 8 + len(text) + len(header) * 2048 * 7168 * 2)
+    sizes = {"hidden_size": 7168, "moe_intermediate_size": 2048, "n_routed_experts": 16}
+    (tmp_path / "source" / "config.json").write_text(json.dumps({**config_of(sources["deepseek_v3"]), **sizes}))
+    for name in FORMATS:
+        planned = succeeds(
+            "plan", "quantize", tmp_path / "source", "--format", name, "--jobs", str(jobs), "--json"
+        )  # fmt: skip
+        assert json.loads(planned.out)["peak_memory_bytes"] < 700e6, name
 
 
 def test_scale_search_lowers_the_error_of_the_whole_model(sources: dict[str, Path], tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from moeconv.formats.format import Format, StoredPart
-from moeconv.formats.strips import amax, by_group, strips
+from moeconv.formats.rows import RowFormat
+from moeconv.formats.strips import amax, by_group, scale_of, strips
 from moeconv.tensors import Shape
 
 if TYPE_CHECKING:
@@ -33,14 +34,6 @@ def _block_amax(tile: Tensor) -> Tensor:
 def _by_column(scales: Tensor, columns: int) -> Tensor:
     """Scales of blocks as float32 [row blocks, columns]."""
     return scales.float().repeat_interleave(BLOCK, 1)[:, :columns]
-
-
-def _scale(most: Tensor) -> Tensor:
-    """The largest magnitude over that of E4M3, in the source's dtype; eps of it for zeros."""
-    import torch
-
-    scale = most / torch.tensor(E4M3_MAX, dtype=most.dtype)
-    return torch.where(scale == 0, torch.finfo(most.dtype).eps, scale).to(most.dtype)
 
 
 def _encode_blocks(tile: Tensor, scales: Tensor, *, divided: bool) -> Tensor:
@@ -147,38 +140,19 @@ class FineGrainedFp8(_Fp8):
         return {"activation_scheme": "dynamic", "fmt": "e4m3", **scale, "weight_block_size": [BLOCK, BLOCK]}
 
 
-class ChannelFp8(_Fp8):
+class ChannelFp8(RowFormat):
     """compressed-tensors `float-quantized`, one scale a row (FP8_DYNAMIC): s = amax / 448 in the source's dtype."""
 
     name = "fp8_dynamic"
-    quant_method = "compressed-tensors"
+    live_nbytes = 13
+    code_dtype = "F8_E4M3"
+    largest = E4M3_MAX
 
-    def parts(self, shape: Shape, dtype: str) -> tuple[StoredPart, ...]:
-        return (
-            StoredPart("weight", "F8_E4M3", shape, 1),
-            StoredPart("weight_scale", dtype, (shape[0], 1), 1),
-        )
+    def _codes(self, quotients: Tensor) -> Tensor:
+        return quotients.clamp_(-E4M3_MAX, E4M3_MAX)
 
-    def encode(self, tile: Tensor) -> tuple[Tensor, ...]:
-        import torch
-
-        codes = torch.empty(tile.shape, dtype=torch.float8_e4m3fn, device=tile.device)
-        scales = torch.empty((len(tile), 1), dtype=tile.dtype, device=tile.device)
-        for strip in strips(tile):
-            scale = _scale(amax(tile[strip], 1)[:, None])
-            values = tile[strip].to(torch.float32, copy=True)
-            codes[strip] = values.div_(scale.float()).clamp_(-E4M3_MAX, E4M3_MAX)
-            scales[strip] = scale
-        return codes, scales
-
-    def decode(self, parts: Mapping[str, Tensor], columns: int, dtype: torch.dtype | None = None) -> Tensor:
-        import torch
-
-        codes, scales = parts["weight"], parts["weight_scale"].float()
-        decoded = torch.empty(codes.shape, dtype=dtype or torch.float32, device=codes.device)
-        for strip in strips(codes):
-            decoded[strip] = _floats(codes[strip]).mul_(scales[strip])
-        return decoded
+    def _floats(self, codes: Tensor) -> Tensor:
+        return _floats(codes)
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -202,7 +176,7 @@ class BlockFp8(_Fp8):
         )
 
     def encode(self, tile: Tensor) -> tuple[Tensor, ...]:
-        scale = _scale(_block_amax(tile))
+        scale = scale_of(_block_amax(tile), E4M3_MAX)
         return _encode_blocks(tile, scale, divided=True), scale
 
     def decode(self, parts: Mapping[str, Tensor], columns: int, dtype: torch.dtype | None = None) -> Tensor:

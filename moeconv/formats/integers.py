@@ -11,7 +11,8 @@ from struct import pack
 from typing import TYPE_CHECKING, Any
 
 from moeconv.formats.format import Format, StoredPart
-from moeconv.formats.strips import amax, by_group, strips
+from moeconv.formats.rows import RowFormat
+from moeconv.formats.strips import amax, by_group, scale_of, strips
 from moeconv.tensors import Shape
 
 if TYPE_CHECKING:
@@ -28,45 +29,19 @@ def _bounds(bits: int) -> tuple[int, int]:
     return -(1 << bits - 1), (1 << bits - 1) - 1
 
 
-def _scale(most: Tensor, steps: float) -> Tensor:
-    """Symmetric scale: the largest magnitude over half the number of steps; eps of the dtype for zeros."""
-    import torch
-
-    scale = most / torch.tensor(steps / 2, dtype=most.dtype)
-    return torch.where(scale == 0, torch.finfo(most.dtype).eps, scale).to(most.dtype)
-
-
-class ChannelInt8(Format):
+class ChannelInt8(RowFormat):
     """`int-quantized` W8A8: one scale a row, s = amax / 127.5."""
 
     name = "w8a8"
-    quant_method = "compressed-tensors"
     live_nbytes = 10
+    code_dtype = "I8"
+    largest = 127.5
 
-    def parts(self, shape: Shape, dtype: str) -> tuple[StoredPart, ...]:
-        return (StoredPart("weight", "I8", shape, 1), StoredPart("weight_scale", dtype, (shape[0], 1), 1))
+    def _codes(self, quotients: Tensor) -> Tensor:
+        return quotients.clamp_(*_bounds(8)).round_()
 
-    def encode(self, tile: Tensor) -> tuple[Tensor, ...]:
-        import torch
-
-        low, high = _bounds(8)
-        codes = torch.empty(tile.shape, dtype=torch.int8, device=tile.device)
-        scales = torch.empty((len(tile), 1), dtype=tile.dtype, device=tile.device)
-        for strip in strips(tile):
-            scale = _scale(amax(tile[strip], 1)[:, None], high - low)
-            values = tile[strip].to(torch.float32, copy=True)
-            codes[strip] = values.div_(scale.float()).clamp_(low, high).round_()
-            scales[strip] = scale
-        return codes, scales
-
-    def decode(self, parts: Mapping[str, Tensor], columns: int, dtype: torch.dtype | None = None) -> Tensor:
-        import torch
-
-        codes, scales = parts["weight"], parts["weight_scale"].float()
-        decoded = torch.empty(codes.shape, dtype=dtype or torch.float32, device=codes.device)
-        for strip in strips(codes):
-            decoded[strip] = codes[strip].float().mul_(scales[strip])
-        return decoded
+    def _floats(self, codes: Tensor) -> Tensor:
+        return codes.float()
 
     def settings(self) -> dict[str, Any]:
         arguments = {"num_bits": 8, "type": "int", "symmetric": True}
@@ -156,7 +131,7 @@ class PackedInt(Format):
 
         low, high = _bounds(self.bits)
         if self.symmetric:
-            return _scale(most, high - low), None
+            return scale_of(most, (high - low) / 2), None
         scale = (most - least) / torch.tensor(float(high - low), dtype=least.dtype)
         # A range that underflows to a scale of 0 has its zero point at an end, a range of 0 (0 / 0) has it at 0.
         zero = (low - least / scale).float().clamp_(low, high).round_().nan_to_num_(0.0)

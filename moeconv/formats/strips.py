@@ -36,6 +36,14 @@ def amax(tile: Tensor, axis: int) -> Tensor:
     return (tile.view(integer) & magnitude).amax(axis).view(tile.dtype)
 
 
+def scale_of(most: Tensor, largest: float) -> Tensor:
+    """Scales in the dtype of the largest magnitudes, which become `largest`; eps of that dtype for zeros."""
+    import torch
+
+    scale = most / torch.tensor(largest, dtype=most.dtype)
+    return torch.where(scale == 0, torch.finfo(most.dtype).eps, scale).to(most.dtype)
+
+
 def by_group(tile: Tensor, size: int) -> Tensor:
     """[rows, K] as [rows, K / size, size]."""
     return tile.reshape(tile.shape[0], -1, size)
