@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from moeconv.formats.format import Format, StoredPart
 from moeconv.formats.rows import RowFormat
-from moeconv.formats.strips import amax, by_group, scale_of, strips
+from moeconv.formats.strips import amax, by_group, float_strips, scale_of, strips
 from moeconv.tensors import Shape
 
 if TYPE_CHECKING:
@@ -27,7 +27,13 @@ def _block_amax(tile: Tensor) -> Tensor:
     import torch
     from torch.nn.functional import pad
 
-    of_columns = torch.stack([amax(block, 0) for block in torch.split(tile, BLOCK)])
+    whole = len(tile) // BLOCK * BLOCK
+    of_columns = torch.empty((-(-len(tile) // BLOCK), tile.shape[1]), dtype=tile.dtype, device=tile.device)
+    for strip in strips(tile[:whole], BLOCK):
+        blocks = slice(strip.start // BLOCK, strip.stop // BLOCK)
+        of_columns[blocks] = amax(tile[strip].view(-1, BLOCK, tile.shape[1]), 1)
+    if whole < len(tile):
+        of_columns[-1] = amax(tile[whole:], 0)
     return amax(by_group(pad(of_columns, (0, -tile.shape[1] % BLOCK)), BLOCK), 2)
 
 
@@ -41,12 +47,21 @@ def _encode_blocks(tile: Tensor, scales: Tensor, *, divided: bool) -> Tensor:
     import torch
 
     codes = torch.empty(tile.shape, dtype=torch.float8_e4m3fn, device=tile.device)
-    rows = torch.split(tile, BLOCK), _by_column(scales, tile.shape[1]), torch.split(codes, BLOCK)
-    for block, own, into in zip(*rows, strict=True):
-        for strip in strips(block):
-            values = block[strip].to(torch.float32, copy=True)
-            into[strip] = values.div_(own).clamp_(-E4M3_MAX, E4M3_MAX) if divided else values.mul_(own)
+    by_column = _by_column(scales, tile.shape[1])
+    for strip, values in float_strips(tile):
+        for block, rows in _blocks(strip):
+            values[rows].div_(by_column[block]) if divided else values[rows].mul_(by_column[block])
+        codes[strip] = values.clamp_(-E4M3_MAX, E4M3_MAX) if divided else values
     return codes
+
+
+def _blocks(strip: slice) -> Iterator[tuple[int, slice]]:
+    """Row blocks of a strip, with the rows that each has in it."""
+    first = strip.start
+    while first < strip.stop:
+        last = min(strip.stop, (first // BLOCK + 1) * BLOCK)
+        yield first // BLOCK, slice(first - strip.start, last - strip.start)
+        first = last
 
 
 def _decode_blocks(codes: Tensor, scales: Tensor, columns: int, dtype: torch.dtype | None) -> Tensor:
@@ -56,10 +71,12 @@ def _decode_blocks(codes: Tensor, scales: Tensor, columns: int, dtype: torch.dty
     if scales.dtype == torch.uint8:
         scales = scales.view(torch.float8_e8m0fnu)
     decoded = torch.empty(codes.shape, dtype=dtype or torch.float32, device=codes.device)
-    rows = torch.split(codes, BLOCK), _by_column(scales, columns), torch.split(decoded, BLOCK)
-    for block, own, into in zip(*rows, strict=True):
-        for strip in strips(block):
-            into[strip] = _floats(block[strip]).mul_(own)
+    by_column = _by_column(scales, columns)
+    for strip in strips(codes):
+        values = _floats(codes[strip])
+        for block, rows in _blocks(strip):
+            values[rows].mul_(by_column[block])
+        decoded[strip] = values
     return decoded
 
 
@@ -144,7 +161,7 @@ class ChannelFp8(RowFormat):
     """compressed-tensors `float-quantized`, one scale a row (FP8_DYNAMIC): s = amax / 448 in the source's dtype."""
 
     name = "fp8_dynamic"
-    live_nbytes = 13
+    live_nbytes = 14
     code_dtype = "F8_E4M3"
     largest = E4M3_MAX
 

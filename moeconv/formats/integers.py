@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeconv.formats.format import Format, StoredPart
 from moeconv.formats.rows import RowFormat
-from moeconv.formats.strips import amax, by_group, scale_of, strips
+from moeconv.formats.strips import amax, by_group, float_strips, scale_of, strips
 from moeconv.tensors import Shape
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class ChannelInt8(RowFormat):
     """`int-quantized` W8A8: one scale a row, s = amax / 127.5."""
 
     name = "w8a8"
-    live_nbytes = 10
+    live_nbytes = 14
     code_dtype = "I8"
     largest = 127.5
 
@@ -105,9 +105,8 @@ class PackedInt(Format):
         codes = torch.empty((rows, columns), dtype=torch.int8, device=tile.device)
         scales = torch.empty((rows, columns // self.group_size), dtype=tile.dtype, device=tile.device)
         zeros = None if self.symmetric else torch.empty(scales.shape, dtype=torch.int8, device=tile.device)
-        for strip in strips(tile):
-            groups = by_group(tile[strip], self.group_size)
-            values = groups.to(torch.float32, copy=True)
+        for strip, floats in float_strips(tile):
+            groups, values = by_group(tile[strip], self.group_size), by_group(floats, self.group_size)
             scale, zero = self._parameters(*self._range(groups, values))
             if self.search == "mse":
                 scale, zero = self._best(values, *self._range(groups, values))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from moeconv.formats.format import Format, StoredPart
-from moeconv.formats.strips import amax, scale_of, strips
+from moeconv.formats.strips import amax, float_strips, scale_of, strips
 from moeconv.tensors import Shape
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ class RowFormat(Format):
         code_dtype = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}[self.code_dtype]
         codes = torch.empty(tile.shape, dtype=code_dtype, device=tile.device)
         scales = torch.empty((len(tile), 1), dtype=tile.dtype, device=tile.device)
-        for strip in strips(tile):
+        for strip, values in float_strips(tile):
             scale = scale_of(amax(tile[strip], 1)[:, None], self.largest)
-            codes[strip] = self._codes(tile[strip].to(torch.float32, copy=True).div_(scale.float()))
+            codes[strip] = self._codes(values.div_(scale.float()))
             scales[strip] = scale
         return codes, scales
 

@@ -17,11 +17,26 @@ if TYPE_CHECKING:
 STRIP_ELEMENTS = 1 << 18
 
 
-def strips(tile: Tensor) -> Iterator[slice]:
-    """Rows of a tile [rows, K] to be worked on one after another: a few on a CPU, elsewhere all at once."""
+def strips(tile: Tensor, multiple: int = 1) -> Iterator[slice]:
+    """Rows of a tile [rows, K] to be worked on one after another, in multiples of a number.
+
+    A few on a CPU, elsewhere all at once.
+    """
     rows, columns = tile.shape
-    step = max(1, STRIP_ELEMENTS // columns) if tile.device.type == "cpu" else rows
+    step = max(1, STRIP_ELEMENTS // columns // multiple) * multiple if tile.device.type == "cpu" else max(1, rows)
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+def float_strips(tile: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Strips with a float32 copy of each, in the same memory one after another; it may be overwritten."""
+    import torch
+
+    room: Tensor | None = None
+    for strip in strips(tile):
+        rows = tile[strip]
+        if room is None:  # the first strip is the largest
+            room = torch.empty(rows.shape, dtype=torch.float32, device=tile.device)
+        yield strip, room[: len(rows)].copy_(rows)
 
 
 def amax(tile: Tensor, axis: int) -> Tensor:
