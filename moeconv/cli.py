@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,7 +45,7 @@ from moeconv.options import (
     parse_dtype,
     parse_size,
 )  # fmt: skip
-from moeconv.process import is_own_process, run_process
+from moeconv.process import run_process, start_pool
 
 if TYPE_CHECKING:
     from moeconv.checkpoint import Checkpoint
@@ -126,17 +125,6 @@ def _show_plan(made: Plan, destination: Path, *, as_json: bool) -> None:
 
     disk = disk_of(made, destination)
     _print_json(plan_json(made, disk)) if as_json else print(plan_text(made, disk))
-
-
-def _start_pool(jobs: int | None, device: str, dry_run: bool) -> AbstractContextManager[Pool | None]:
-    """Processes that encode, where that is done on the CPU; they import torch while the plan is made."""
-    from moeconv.device import find_devices
-    from moeconv.plan import default_jobs
-    from moeconv.pool import Pool, can_fork
-
-    if dry_run or not is_own_process() or find_devices(device) != ("cpu",) or not can_fork():
-        return nullcontext()
-    return Pool(default_jobs(jobs))
 
 
 def _run(
@@ -264,6 +252,18 @@ def _plan_quantize(
     return plan_quantize(checkpoint, found, scheme, options)
 
 
+def _plan_dequantize(
+    source: Path, recipe: str | None, layout: str | None, include: Sequence[str] | None, max_shard_size: str,
+    jobs: int | None, max_memory: str | None, dtype: str | None, device: str, max_vram: str | None,
+) -> Plan:  # fmt: skip
+    from moeconv.quantize import plan_dequantize
+
+    checkpoint, found, options = _open(
+        source, recipe, layout, include, max_shard_size, jobs, max_memory, device, max_vram
+    )  # fmt: skip
+    return plan_dequantize(checkpoint, found, parse_dtype(dtype), options)
+
+
 @app.command(cls=Command)
 def quantize(
     source: Source, destination: Destination, format_: FormatOption = None,
@@ -278,7 +278,7 @@ def quantize(
     from moeconv.writer import check_destination
 
     check_destination(source, destination)
-    with _start_pool(jobs, device, dry_run) as pool:
+    with start_pool(jobs, device, dry_run) as pool:
         made = _plan_quantize(
             source, recipe, layout, include, max_shard_size, jobs, max_memory, format_, ignore, only, group_size,
             scale, ue8m0, dtype, allow_nonfinite, device, max_vram,
@@ -295,15 +295,13 @@ def dequantize(
     no_fsync: NoFsyncOption = False, overwrite: OverwriteOption = False,
 ) -> None:  # fmt: skip
     """Decode quantized matrices to full precision; layouts stay as they are."""
-    from moeconv.quantize import plan_dequantize
     from moeconv.writer import check_destination
 
     check_destination(source, destination)
-    with _start_pool(jobs, device, dry_run) as pool:
-        checkpoint, found, options = _open(
-            source, recipe, layout, include, max_shard_size, jobs, max_memory, device, max_vram
+    with start_pool(jobs, device, dry_run) as pool:
+        made = _plan_dequantize(
+            source, recipe, layout, include, max_shard_size, jobs, max_memory, dtype, device, max_vram
         )  # fmt: skip
-        made = plan_dequantize(checkpoint, found, parse_dtype(dtype), options)
         _show_or_run(made, destination, as_json, dry_run, no_fsync, overwrite, pool)
 
 
@@ -362,6 +360,20 @@ def plan_quantize_command(
     made = _plan_quantize(
         source, recipe, layout, include, max_shard_size, jobs, max_memory, format_, ignore, only, group_size,
         scale, ue8m0, dtype, allow_nonfinite, device, max_vram,
+    )  # fmt: skip
+    _show_plan(made, destination or source.resolve().parent, as_json=as_json)
+
+
+@plan_app.command("dequantize", cls=Command)
+def plan_dequantize_command(
+    source: Source, destination: OptionalDestination = None, dtype: DecodedDtypeOption = None,
+    recipe: RecipeOption = None, layout: LayoutOption = None, include: IncludeOption = None,
+    max_shard_size: ShardOption = "5GB", jobs: JobsOption = None, max_memory: MemoryOption = None,
+    device: DeviceOption = "auto", max_vram: VramOption = None, as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """What `moeconv dequantize` would do."""
+    made = _plan_dequantize(
+        source, recipe, layout, include, max_shard_size, jobs, max_memory, dtype, device, max_vram
     )  # fmt: skip
     _show_plan(made, destination or source.resolve().parent, as_json=as_json)
 

@@ -8,9 +8,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, NoReturn
 
 from moeconv.errors import MoeconvError
+
+if TYPE_CHECKING:
+    from moeconv.pool import Pool
 
 INTERRUPTED = 130
 
@@ -29,9 +33,18 @@ def run_process(command: Callable[[], None]) -> NoReturn:
     os._exit(code)  # everything is closed and flushed: taking the interpreter apart would only cost time
 
 
-def is_own_process() -> bool:
-    """Whether this process does nothing but run the command line."""
-    return _is_own
+def start_pool(jobs: int | None, device: str, dry_run: bool) -> AbstractContextManager[Pool | None]:
+    """Processes that encode, where that is done on the CPU; they import torch while the plan is made.
+
+    None in a process that does more than run the command line, and so may have threads already.
+    """
+    from moeconv.device import find_devices
+    from moeconv.plan import default_jobs
+    from moeconv.pool import Pool, can_fork
+
+    if dry_run or not _is_own or find_devices(device) != ("cpu",) or not can_fork():
+        return nullcontext()
+    return Pool(default_jobs(jobs))
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -195,6 +195,17 @@ def test_dequantizing_gives_the_decode_in_the_names_of_the_source(
         assert len({file for other, file in index["weight_map"].items() if other.startswith(f"{module}.weight")}) == 1
 
 
+def test_the_plan_of_dequantizing_is_that_of_a_dry_run(sources: dict[str, Path], tmp_path: Path) -> None:
+    succeeds("quantize", sources["mixtral"], tmp_path / "made", "--format", "fp8")
+    planned = succeeds("plan", "dequantize", tmp_path / "made", tmp_path / "back", "--dtype", "float32", "--json")
+    again = succeeds("dequantize", tmp_path / "made", tmp_path / "back", "--dtype", "float32", "--dry-run", "--json")
+    planned_json, again_json = json.loads(planned.out), json.loads(again.out)
+    for report in (planned_json, again_json):
+        report.pop("disk", None)
+    assert planned_json == again_json
+    assert not (tmp_path / "back").exists()
+
+
 @pytest.mark.parametrize("name", ["fp8", "w4a16_asym"])
 def test_verify_encodes_again_and_finds_one_flipped_bit(sources: dict[str, Path], tmp_path: Path, name: str) -> None:
     source, made = sources["qwen3_moe"], tmp_path / "made"
