@@ -72,6 +72,21 @@ class Dim:
                 return unknown.solve(size * value, known)
         return None
 
+    def replace(self, sizes: Mapping[str, Dim]) -> Dim:
+        """This size with others in place of symbols."""
+        if self.symbol:
+            return sizes.get(self.symbol, self)
+        if not self.args:
+            return self
+        left, right = (arg.replace(sizes) for arg in self.args)
+        text = f"{left.operand}{'/' if self.op == 'ceil' else self.op}{right.operand}"
+        return Dim(f"ceil({text})" if self.op == "ceil" else text, self.op, (left, right))
+
+    @property
+    def operand(self) -> str:
+        """The text as it stands beside an operator."""
+        return self.text if not self.args or self.op == "ceil" else f"({self.text})"
+
     def __str__(self) -> str:
         return self.text
 

@@ -14,7 +14,7 @@ from moeconv.yamldoc import Yaml, nearest, read_yaml
 #: What `when` can say: a matrix of an expert is square, so that no shape tells its axes apart; or not all experts have
 #: the same format.
 _WHEN = ("square experts", "mixed experts")
-_KEYS = ("engine", "layout", "formats", "model_types", "when", "reads", "why")
+_KEYS = ("engine", "layout", "forms", "formats", "model_types", "when", "reads", "why")
 
 
 class Reading(NamedTuple):
@@ -28,6 +28,7 @@ class Reading(NamedTuple):
 class _Entry(NamedTuple):
     engine: str
     layout: str
+    forms: frozenset[str]
     formats: frozenset[str]
     model_types: frozenset[str]
     when: str  # empty, or what a checkpoint must be for the entry to speak of it
@@ -54,6 +55,7 @@ def _entry(item: Yaml) -> _Entry:
         raise when.error(f"{when.text()!r} is no condition", nearest(when.text(), _WHEN))
     return _Entry(
         values["engine"].text(), values["layout"].text() if "layout" in values else "",
+        frozenset(values["forms"].texts() if "forms" in values else ()),
         frozenset(values["formats"].texts() if "formats" in values else ()), frozenset(values["model_types"].texts()),
         values["when"].text() if "when" in values else "", values["reads"].text(), values["why"].text(),
     )  # fmt: skip
@@ -71,9 +73,19 @@ def model_type_of(config: Mapping[str, Any]) -> str:
 
 
 def readings(
-    recipe: Recipe, config: Mapping[str, Any], layout: str, experts: Iterable[Shape] = ()
+    recipe: Recipe, config: Mapping[str, Any], layout: str, experts: Iterable[Shape] = (), forms: Collection[str] = ()
 ) -> tuple[Reading, ...]:
-    """What each known engine makes of a family's checkpoint in a layout; `experts` are the shapes of its experts."""
+    """What each known engine makes of a family's checkpoint in a layout.
+
+    Args:
+        recipe: of the family.
+        config: config.json.
+        layout: the layout.
+        experts: shapes of the experts' tensors.
+        forms: how quantized experts are stored; engines read them one by one as the format of that name.
+    """
+    if forms and recipe.layout(layout) == "experts":
+        return format_readings(config, forms, has_mixed=False)
     engines, table = _entries()
     model_type = model_type_of(config)
     wanted = {layout, recipe.layout(layout)} | {
@@ -82,7 +94,8 @@ def readings(
     has_square = any(len(shape) > 1 and shape[-1] == shape[-2] for shape in experts)
     result = []
     for engine in engines:
-        fitting = [e for e in table if e.engine == engine.split()[0] and e.layout in wanted]
+        fitting = [e for e in table if e.engine == engine.split()[0] and e.layout in wanted and set(forms) <= e.forms]
+        fitting = [e for e in fitting if bool(e.forms) == bool(forms)]
         about = [e for e in fitting if model_type in e.model_types and (has_square or not e.when)]
         entry = next((e for e in about if e.when), about[0] if about else None)
         result.append(Reading(engine, entry.reads, entry.why) if entry else Reading(engine, "unknown", "not tried"))

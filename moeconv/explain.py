@@ -11,7 +11,7 @@ from moeconv.files import Files
 from moeconv.layouts import Unit
 from moeconv.moves import Change
 from moeconv.names import collapse
-from moeconv.ops import Part, parts_of
+from moeconv.ops import Part
 from moeconv.plan import Plan, Value
 from moeconv.tensors import Spec
 
@@ -112,7 +112,9 @@ def _changed(plan: Plan, changes: Sequence[Change]) -> Group:
         isinstance(rule.value, Part) for rule in (*rules, *(r for r, _ in first.unit.hits))
     ):
         what = "renamed"
-    parts = ", ".join(part for rule in rules for part in parts_of(rule.value) if part in first.unit.part_shapes)
+    parts = ", ".join(first.unit.parts)
+    if first.unit.component.form:
+        parts += f"; quantized, in the form {first.unit.component.form}"
     return Group(
         what, f"{first.unit.layout} -> {layout} by recipe {plan.recipe.name}: {parts}",
         tuple(collapse([spec.name for spec in sources])), tuple(collapse([spec.name for spec in targets])),

@@ -9,7 +9,6 @@ from moeconv.checkpoint import Checkpoint
 from moeconv.explain import count, size
 from moeconv.layouts import Unit, find_units
 from moeconv.names import collapse
-from moeconv.ops import parts_of
 from moeconv.recipe import Recipe
 
 
@@ -56,8 +55,9 @@ def _experts(units: list[Unit]) -> list[dict[str, Any]]:
     return [
         {
             "blocks": collapse([unit.block for unit in group]),
-            "parts": [part for rule, _ in group[0].hits for part in parts_of(rule.value)],
+            "parts": group[0].parts,
             "layout": layout,
+            "form": group[0].component.form,
             "sizes": dict(sizes),
             "dtypes": list(dtypes),
             "tensors": sum(len(unit.tensors()) for unit in group),

@@ -46,10 +46,16 @@ class Unit(NamedTuple):
         """All tensors of the unit."""
         return [tensor for _, hits in self.hits for tensor in hits.values()]
 
+    @property
+    def parts(self) -> list[str]:
+        """Names of the parts that are there, as the recipe has them; of a quantized matrix that of the matrix."""
+        stored = [part for rule, _ in self.hits for part in parts_of(rule.value)]
+        return list(dict.fromkeys(part.partition(".")[0] if self.component.form else part for part in stored))
+
 
 def layout_lines(component: Component, layout: str) -> set[tuple[Pattern, tuple[Dim, ...], Expression]]:
     """What a layout says of a component; layouts that say the same are one."""
-    return {(rule.pattern, rule.claim, rule.value) for rule in component.rules[layout]}
+    return {(rule.pattern, rule.claim, rule.value) for rule in component.rules.get(layout, ())}
 
 
 class Found(NamedTuple):
@@ -103,14 +109,28 @@ def find_units(checkpoint: Checkpoint, recipe: Recipe, forced: str | None = None
         forced: the layout that the user says the source is in, for names and shapes that fit several.
     """
     search = _Search(checkpoint, recipe, recipe.layout(forced) if forced else None)
-    candidates = search.candidates()
-    for (number, block), by_layout in candidates.items():
-        search.decide(recipe.components[number], block, by_layout)
+    decided: dict[tuple[int, str], list[_Decision]] = {}
+    for (number, block), by_layout in search.candidates().items():
+        component, family = search.components[number]
+        decided.setdefault((family, block), []).append(search.decide(component, block, by_layout))
+    for forms in decided.values():  # the form that explains most tensors, full precision first
+        best = max(forms, key=lambda decision: (len(decision.names), decision.unit is not None))
+        search.units += [best.unit] if best.unit else []
+        search.problems += best.problems
+    search.units.sort(key=lambda unit: (search.family(unit.component), natural_key(unit.block)))
     used = {tensor.spec.name for unit in search.units for tensor in unit.tensors()}
     rest = [tensor for name, tensor in checkpoint.tensors.items() if name not in used]
     if not search.problems:
         search.problems += _unknown_experts(search.units, rest, recipe)
     return Found(tuple(search.units), tuple(rest), tuple(search.problems))
+
+
+class _Decision(NamedTuple):
+    """What a component is in a block, or what is wrong with it; both empty where others count its tensors."""
+
+    names: frozenset[str]
+    unit: Unit | None = None
+    problems: tuple[Problem, ...] = ()
 
 
 _Candidates = dict[tuple[int, str], dict[str, dict[int, Hits]]]
@@ -122,8 +142,19 @@ class _Search:
         self.recipe = recipe
         self.forced = forced
         self._allowed: dict[str, dict[str, frozenset[int]]] = {}
+        #: Components and their forms, each with the number of the component that it is or is a form of.
+        self.components = [
+            (other, number)
+            for number, component in enumerate(recipe.components)
+            for other in (component, *component.forms)
+        ]
+        self._families = {id(component): number for component, number in self.components}
         self.units: list[Unit] = []
         self.problems: list[Problem] = []
+
+    def family(self, component: Component) -> int:
+        """Number of the component that this one is or is a form of."""
+        return self._families[id(component)]
 
     def allowed(self, block: str) -> dict[str, frozenset[int]]:
         """Sizes that config.json allows in a block."""
@@ -138,7 +169,7 @@ class _Search:
         for name in self.checkpoint.tensors:
             templates.setdefault(template_of(name), []).append(name)
         found: _Candidates = {}
-        for number, component in enumerate(self.recipe.components):
+        for number, (component, _) in enumerate(self.components):
             for layout, rules in component.rules.items():
                 for rule_number, rule in enumerate(rules):
                     end = rule.pattern.template_end
@@ -153,8 +184,8 @@ class _Search:
                                 hits[match[1]] = self.checkpoint.tensors[name]
         return dict(sorted(found.items(), key=lambda item: (item[0][0], natural_key(item[0][1]))))
 
-    def decide(self, component: Component, block: str, by_layout: dict[str, dict[int, Hits]]) -> None:
-        """Add the unit of this block, or what is wrong with it."""
+    def decide(self, component: Component, block: str, by_layout: dict[str, dict[int, Hits]]) -> _Decision:
+        """The unit of this block, or what is wrong with it."""
         trials = {
             layout: _Trial(self, component, block, layout, hits)
             for layout, hits in sorted(by_layout.items(), key=lambda item: LAYOUTS.index(item[0]))
@@ -162,45 +193,41 @@ class _Search:
         if self.forced in trials:
             trials = {self.forced: trials[self.forced]}
         elif self.forced is not None and any(trial.names and trial.share == 1 for trial in trials.values()):
-            self.problems.append(
-                Problem(
-                    f"{block} holds nothing of the layout {self.forced} that --layout names, "
-                    f"but tensors of {' and '.join(trials)}",
-                    "Leave --layout out: it is for shapes that fit several layouts.",
-                )
+            return self._wrong(
+                trials,
+                f"{block} holds nothing of the layout {self.forced} that --layout names, "
+                f"but tensors of {' and '.join(trials)}",
+                "Leave --layout out: it is for shapes that fit several layouts.",
             )
-            return
         for trial in trials.values():
             trial.run()
         trials = {layout: trial for layout, trial in trials.items() if trial.names}
         if not trials:
-            return  # every id belongs to another component with the same names
+            return _Decision(frozenset())  # every id belongs to another component with the same names
         fits = [trial for trial in trials.values() if not trial.problems]
         best = max(trials.values(), key=lambda trial: (not trial.problems, trial.share, -len(trial.problems)))
         others = [trial for trial in trials.values() if trial is not best and trial.names - best.names]
         if others and (best.share == 1 or len(fits) > 1):
-            self._both_layouts(block, best, others)
-        elif len({frozenset(layout_lines(component, trial.layout)) for trial in fits}) > 1:
-            names = " or ".join(trial.layout for trial in fits)
-            self.problems.append(
-                Problem(
-                    f"{block}: shapes fit the layouts {names} of recipe {self.recipe.name} alike",
-                    f"Say which one it is with --layout {'|'.join(trial.layout for trial in fits)}.",
-                )
-            )
-        elif fits:
-            self.units.append(fits[0].unit())
-        else:
-            self.problems += best.problems
-
-    def _both_layouts(self, block: str, best: _Trial, others: Sequence[_Trial]) -> None:
-        example = sorted(others[0].names - best.names, key=natural_key)[0]
-        self.problems.append(
-            Problem(
+            example = sorted(others[0].names - best.names, key=natural_key)[0]
+            return self._wrong(
+                trials,
                 f"{block} holds experts in the layout {best.layout} and also {example} of layout {others[0].layout}",
                 "Remove the copies that do not belong to the model: nothing says which of the two is right.",
             )
-        )
+        if len({frozenset(layout_lines(component, trial.layout)) for trial in fits}) > 1:
+            names = " or ".join(trial.layout for trial in fits)
+            return self._wrong(
+                trials,
+                f"{block}: shapes fit the layouts {names} of recipe {self.recipe.name} alike",
+                f"Say which one it is with --layout {'|'.join(trial.layout for trial in fits)}.",
+            )
+        if fits:
+            return _Decision(frozenset(fits[0].names), fits[0].unit())
+        return _Decision(frozenset(best.names), problems=tuple(best.problems))
+
+    def _wrong(self, trials: Mapping[str, _Trial], message: str, remedy: str) -> _Decision:
+        names = frozenset(name for trial in trials.values() for name in trial.names)
+        return _Decision(names, problems=(Problem(message, remedy),))
 
 
 class _Trial:
@@ -359,8 +386,8 @@ class _Trial:
         """Another component counts its experts in the same names, from another id on."""
         return any(
             other.pattern.ids is not None and other.pattern.fill("", 0) == rule.pattern.fill("", 0)
-            for component in self.search.recipe.components
-            if component is not self.component
+            for component, family in self.search.components
+            if family != self.search.family(self.component)
             for other in component.rules.get(self.layout, ())
         )
 

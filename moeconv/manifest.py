@@ -37,6 +37,7 @@ def build_manifest(plan: Plan, command: Sequence[str]) -> bytes:
         "source_layout": plan.options.layout,
         "include": list(plan.options.include),
         "kept": _kept(plan),
+        "forms": _forms(plan),
         "scheme": json.loads(plan.scheme.text) if plan.scheme else None,
         "recipe": {"name": plan.recipe.name, "text": plan.recipe.text},
         "source": {
@@ -63,6 +64,12 @@ def _kept(plan: Plan) -> list[str]:
     """Blocks that stayed as they were while others changed; a block with something that changed did not stay."""
     changed = {made.unit.block for made in plan.changes}
     return list(dict.fromkeys(unit.block for unit in plan.kept if unit.block not in changed)) if changed else []
+
+
+def _forms(plan: Plan) -> list[str]:
+    """Forms of quantized experts: packed, some have the same names."""
+    units = (*plan.kept, *(made.unit for made in plan.changes))
+    return sorted({unit.component.form for unit in units if unit.component.form})
 
 
 def _history(manifest: Mapping[str, Any]) -> list[Any]:

@@ -7,6 +7,7 @@ the moves that fill it; every element of every target is written by exactly one 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from math import prod
 from typing import NamedTuple
 
@@ -127,6 +128,8 @@ def _change(unit: Unit, layout: str, recipe: Recipe) -> Change:
         sources.update((part, (stack, hits)) for part in parts_of(rule.value))
     targets: list[Spec] = []
     fills: list[Fill] = []
+    if layout not in unit.component.rules:
+        raise ShapeError(f"experts quantized as {unit.component.form} can be neither interleaved nor transposed")
     for rule in unit.component.rules[layout]:
         parts = parts_of(rule.value)
         absent = [part for part in parts if part not in unit.part_shapes]
@@ -158,7 +161,14 @@ def _stack(rule: Rule, unit: Unit, recipe: Recipe) -> _Stack:
     if pad is None:
         raise ShapeError(f"{rule.pattern}: config.json does not say how many experts {rule.pad} are")
     first = (ids.start.value(unit.sizes) or 0) if ids is not None else 0
-    return _Stack(rule, first, count, pad, block, views, stored_shape(rule, recipe, unit.part_shapes, count, pad))
+    shape = stored_shape(rule, recipe, unit.part_shapes, count, pad)
+    claimed = [dim.value(unit.sizes) for dim in rule.claim]
+    if unit.component.form and claimed != list(shape):
+        raise ShapeError(
+            f"{rule.pattern} would need {list(shape)} where {claimed} is due: "
+            f"blocks of {unit.component.form} would lie partly in one matrix and partly in the next"
+        )
+    return _Stack(rule, first, count, pad, block, views, shape)
 
 
 def _fills(
@@ -191,5 +201,10 @@ def _fills(
 
 def copy_of(tensor: StoredTensor) -> Fill:
     """The fill that copies a tensor as it is."""
-    whole = View.whole(tensor.spec.shape)
-    return Fill(tensor.spec, 0, tensor.spec.shape, (Move(tensor, 0, Route.between(whole, whole)),))
+    return Fill(tensor.spec, 0, tensor.spec.shape, (Move(tensor, 0, _whole(tensor.spec.shape)),))
+
+
+@cache  # the shapes of a model are few
+def _whole(shape: Shape) -> Route:
+    whole = View.whole(shape)
+    return Route.between(whole, whole)

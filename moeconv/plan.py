@@ -228,7 +228,8 @@ def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | Non
     memory = _memory(source, files, tasks, options)
     shapes = [spec.shape for made in changes for spec in made.targets]
     shapes += [tensor.spec.shape for unit in kept for tensor in unit.tensors()]
-    readers = readings(recipe, source.config, layout, shapes)
+    forms = {form for unit in (*kept, *(made.unit for made in changes)) if (form := unit.component.form)}
+    readers = readings(recipe, source.config, layout, shapes, forms)
     return Plan(
         source, recipe, layout, options, tuple(changes), kept, found.rest, files, index, tasks, memory, readers,
         (*source_warnings(source, changes), *reader_warnings(readers)), fingerprint_of(source, recipe, layout, options),

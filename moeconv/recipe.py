@@ -51,11 +51,15 @@ class Component(NamedTuple):
 
     Attributes:
         parts: names of the parts, in the order of the recipe.
-        rules: for each layout, the rules that hold these parts.
+        rules: for each layout, the rules that hold these parts. A form lacks the layouts that it cannot have.
+        form: how the matrices are quantized (`forms`); empty for full precision.
+        forms: the same component quantized, as it may be found instead.
     """
 
     parts: tuple[str, ...]
     rules: Mapping[str, tuple[Rule, ...]]
+    form: str = ""
+    forms: tuple[Component, ...] = ()
 
 
 class Recipe(NamedTuple):

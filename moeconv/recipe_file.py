@@ -16,7 +16,7 @@ from moeconv.yamldoc import Yaml, nearest, read_yaml
 
 _KEYS = ("about", "extends", "model_types", "config", "dims", "optional", "layouts")
 _OPS = ("concat", "interleave", "transpose")
-_TABLES = ("engines", "quantize")
+_TABLES = ("engines", "forms", "quantize")
 _DEFAULT_SCOPES = (".", "text_config")
 
 
@@ -27,7 +27,7 @@ def shipped_folder() -> Path:
 
 
 def shipped_names() -> list[str]:
-    """Names of the recipes that come with moeconv (`engines.yaml` and `quantize.yaml` are none)."""
+    """Names of the recipes that come with moeconv (the tables `engines`, `forms` and `quantize` are none)."""
     return sorted(path.stem for path in shipped_folder().glob("*.yaml") if path.stem not in _TABLES)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from moeconv.checkpoint import Checkpoint
 from moeconv.errors import PlanError
+from moeconv.forms import with_forms
 from moeconv.layouts import Found, find_units, layout_lines
 from moeconv.manifest import recipe_of
 from moeconv.recipe import Recipe
@@ -14,7 +15,7 @@ from moeconv.recipe_file import load_recipe, load_shipped
 
 
 def select_recipe(source: Checkpoint, given: str | None = None, layout: str | None = None) -> Recipe:
-    """The recipe to use.
+    """The recipe to use, with the forms in which the checkpoint may hold quantized experts.
 
     Args:
         source: the checkpoint.
@@ -25,6 +26,10 @@ def select_recipe(source: Checkpoint, given: str | None = None, layout: str | No
         PlanError: none, with those that would fit.
         RecipeError: the given one does not exist or hold together.
     """
+    return with_forms(_select(source, given, layout), source)
+
+
+def _select(source: Checkpoint, given: str | None, layout: str | None) -> Recipe:
     if given is not None:
         return load_recipe(given)
     made_with = recipe_of(source.manifest)

@@ -1,0 +1,227 @@
+"""Quantized experts where they stand: a recipe's components in other forms, codes and scales in place of a matrix.
+
+A recipe names the matrices of an expert. Where a checkpoint holds them quantized, each is several tensors that lie
+and move as the matrix does, with other names and shapes: data from `recipes/forms.yaml`. `with_forms` adds these forms
+to the components of a recipe; everything else treats them as it treats any component.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import NamedTuple
+
+from moeconv.checkpoint import Checkpoint, StoredTensor
+from moeconv.dims import Dim, parse_dim, parse_shape
+from moeconv.names import Pattern, template_of
+from moeconv.ops import Concat, Expression, Interleave, Part, parts_of
+from moeconv.recipe import Component, Recipe, Rule
+from moeconv.recipe_file import shipped_folder
+from moeconv.yamldoc import nearest, read_yaml
+
+_KEYS = ("name", "about", "tensors", "packed", "optional")
+_WEIGHT = "weight"
+
+
+class Form(NamedTuple):
+    """One way to store a quantized matrix [N, K].
+
+    Attributes:
+        name: as the table calls it.
+        tensors: for each word that stands in place of `weight`, the shape, in N, K and G.
+        tails: what hangs behind a name that has no `.weight` to replace.
+        optional: words that a checkpoint may lack.
+    """
+
+    name: str
+    tensors: Mapping[str, tuple[Dim, ...]]
+    tails: Mapping[str, str]
+    optional: frozenset[str]
+
+    @property
+    def said(self) -> str:
+        """The first word that says more than `weight`."""
+        return next(word for word in self.tensors if word != _WEIGHT)
+
+    @property
+    def ends(self) -> dict[str, tuple[str, str]]:
+        """How names of each tensor end: of a matrix of its own, and of a packed one."""
+        return {word: (f".{word}", self.tails[word]) for word in self.tensors}
+
+    def pattern(self, of: Pattern, word: str) -> Pattern:
+        """The names of one of the tensors, where `of` names the matrices."""
+        if of.text.endswith(f".{_WEIGHT}"):
+            return Pattern.parse(of.text.removesuffix(_WEIGHT) + word)
+        return Pattern.parse(of.text + self.tails[word])
+
+
+@cache
+def load_forms() -> tuple[Form, ...]:
+    """All forms of the table."""
+    path = shipped_folder() / "forms.yaml"
+    root = {key.text(): value for key, value in read_yaml(path.read_text(encoding="utf-8"), str(path)).items()}
+    forms = []
+    for item in root["forms"].sequence():
+        values = {}
+        for key, value in item.items():
+            if key.text() not in _KEYS:
+                raise key.error(f"unknown key {key.text()!r}", nearest(key.text(), _KEYS))
+            values[key.text()] = value
+        tensors = {key.text(): parse_shape(value.text()) for key, value in values["tensors"].items()}
+        renamed = {key.text(): value.text() for key, value in values["packed"].items()} if "packed" in values else {}
+        tails = {word: renamed.get(word, _tail(word)) for word in tensors}
+        optional = frozenset(values["optional"].texts() if "optional" in values else ())
+        forms.append(Form(values["name"].text(), tensors, tails, optional))
+    return tuple(forms)
+
+
+def _tail(word: str) -> str:
+    return word.removeprefix(_WEIGHT) if word.startswith(_WEIGHT) else f"_{word}"
+
+
+def with_forms(recipe: Recipe, source: Checkpoint) -> Recipe:
+    """The recipe with the quantized forms that names of the checkpoint hint at; the same recipe where none do."""
+    last_words = {name.rpartition(".")[2] for name in source.tensors}
+    before = source.manifest.get("forms")
+    hinted = [form for form in load_forms() if _is_hinted(form, last_words)]
+    telling = tuple(end for form in hinted for end in form.ends[form.said])
+    examples = {
+        (template_of(name), tensor.spec.shape): name for name, tensor in source.tensors.items() if name.endswith(telling)
+    }
+    forms = [form for form in hinted if any(_is_example(form, name, source) for name in examples.values())]
+    # Of two that fit alike the first is taken: the one that the folder was made from.
+    forms.sort(key=lambda form: not (isinstance(before, list) and form.name in before))
+    if not forms:
+        return recipe
+    claims, ids, optional = dict(recipe.part_claims), dict(recipe.part_ids), set(recipe.optional)
+    said = {
+        str(rule.pattern) for component in recipe.components for rules in component.rules.values() for rule in rules
+    }
+    components = []
+    for component in recipe.components:
+        made = []
+        for form in forms if _can_be_quantized(component, recipe) else ():
+            other = _formed(component, form, _group(form, source))
+            if _names(other) & said - _names(component):
+                continue  # the recipe names these tensors itself
+            made.append(other)
+            for part in component.parts:
+                for word, shape in form.tensors.items():
+                    own = _own(part, form, word)
+                    claims[own] = _part_claim(shape, recipe.part_claims[part], _group(form, source))
+                    ids[own] = recipe.part_ids[part]
+                    if word in form.optional or part in recipe.optional:
+                        optional.add(own)
+        components.append(component._replace(forms=tuple(made)))
+    return recipe._replace(
+        components=tuple(components), part_claims=claims, part_ids=ids, optional=frozenset(optional)
+    )  # fmt: skip
+
+
+def _names(component: Component) -> set[str]:
+    return {str(rule.pattern) for rules in component.rules.values() for rule in rules}
+
+
+def _is_hinted(form: Form, last_words: Iterable[str]) -> bool:
+    """Names end as those of the form's required tensors do; a plain `weight` alone says nothing."""
+    words = [word for word in form.tensors if word != _WEIGHT and word not in form.optional]
+    return all(any(last == word or last.endswith(form.tails[word]) for last in last_words) for word in words)
+
+
+def _is_example(form: Form, name: str, source: Checkpoint) -> bool:
+    """Whether the tensor and those beside it have the shapes of a matrix in that form, or of a stack of matrices."""
+    return any(
+        _fits(form, [source.tensors.get(name.removesuffix(said) + ends[number]) for ends in form.ends.values()])
+        for number, said in enumerate(form.ends[form.said])
+        if name.endswith(said)
+    )
+
+
+def _fits(form: Form, tensors: Sequence[StoredTensor | None]) -> bool:
+    sizes: dict[str, int] = {}
+    for tensor, (word, shape) in zip(tensors, form.tensors.items(), strict=True):
+        if tensor is None or len(tensor.spec.shape) < len(shape):
+            if word in form.optional:
+                continue
+            return False
+        for dim, size in zip(shape, tensor.spec.shape[-2:], strict=False) if len(shape) == 2 else ():
+            solved = dim.solve(size, sizes)
+            sizes.update([solved] if solved else [])
+            if dim.symbols() <= set(sizes) and dim.value(sizes) != size:
+                return False
+    return True
+
+
+def _can_be_quantized(component: Component, recipe: Recipe) -> bool:
+    return all(part in recipe.part_ids and len(recipe.part_claims[part]) == 2 for part in component.parts)
+
+
+def _own(part: str, form: Form, word: str) -> str:
+    return f"{part}.{form.name}.{word}"
+
+
+def _formed(component: Component, form: Form, group: int) -> Component:
+    """The component with every matrix stored in a form; without the layouts that the form cannot have."""
+    rules: dict[str, tuple[Rule, ...]] = {}
+    for layout, own in component.rules.items():
+        made = [
+            Rule(
+                form.pattern(rule.pattern, word), _claim(rule, shape, group),
+                _renamed(rule.value, form, word), rule.pad, rule.where,
+            )
+            for rule in own
+            for word, shape in form.tensors.items()
+        ]  # fmt: skip
+        if all(_keeps(rule.value, shape) for rule in own for shape in form.tensors.values()):
+            rules[layout] = tuple(made)
+    parts = tuple(_own(part, form, word) for part in component.parts for word in form.tensors)
+    return Component(parts, rules, form=form.name)
+
+
+def _keeps(value: Expression, shape: tuple[Dim, ...]) -> bool:
+    """Whether tensors of that shape can be joined as the matrices are, and mean the same afterwards."""
+    if isinstance(value, Part):
+        return True
+    if not isinstance(value, Concat | Interleave) or value.axis != 0:
+        return False
+    if not all(isinstance(child, Part) for child in value.children) or not shape:
+        return False
+    return isinstance(value, Concat) or shape[0].symbol == "N"
+
+
+def _renamed(value: Expression, form: Form, word: str) -> Expression:
+    if isinstance(value, Part):
+        return Part(_own(value.name, form, word))
+    if isinstance(value, Concat | Interleave):
+        return type(value)(tuple(_renamed(child, form, word) for child in value.children), value.axis)
+    return type(value)(_renamed(value.child, form, word))
+
+
+def _claim(rule: Rule, shape: tuple[Dim, ...], group: int) -> tuple[Dim, ...]:
+    """The shape of what a rule stores in a form: of a whole tensor, as its own claim is."""
+    count = len(parts_of(rule.value))
+    *stacked, rows, columns = rule.claim
+    sizes = {"N": rows, "K": columns, "G": parse_dim(str(group))}
+    claimed = [dim.replace(sizes) for dim in shape]
+    if shape and "N" not in shape[0].symbols():  # one such number, or a few, for each matrix
+        claimed[0] = parse_dim(f"{count}*{claimed[0]}")
+    return (*stacked, *claimed)
+
+
+def _part_claim(shape: tuple[Dim, ...], claim: tuple[Dim, ...], group: int) -> tuple[Dim, ...]:
+    sizes = {"N": claim[0], "K": claim[1], "G": parse_dim(str(group))}
+    return tuple(dim.replace(sizes) for dim in shape)
+
+
+def _group(form: Form, source: Checkpoint) -> int:
+    """Columns of a group, from the first expert that has codes and scales by those names; 1 where none has."""
+    codes, scales = "weight_packed", "weight_scale"
+    if not any("G" in dim.symbols() for shape in form.tensors.values() for dim in shape):
+        return 1
+    per_word = form.tensors[codes][1].args[1].number
+    for name, tensor in source.tensors.items():
+        for end, other in ((f".{codes}", f".{scales}"), (form.tails[codes], form.tails[scales])):
+            scale = source.tensors.get(name.removesuffix(end) + other) if name.endswith(end) else None
+            if scale is not None and ".experts." in name and scale.spec.shape and scale.spec.shape[-1]:
+                return max(1, tensor.spec.shape[-1] * per_word // scale.spec.shape[-1])
+    return 1
