@@ -204,7 +204,7 @@ def measure(variant: Variant, source: Path) -> Measured:
     moeconv("quantize", source, made, "--format", variant.name, *variant.options)
     moeconv("dequantize", made, back)
     model = load(back)
-    engines = format_readings({"model_type": Qwen3MoeConfig.model_type}, [variant.name])
+    engines = format_readings({"model_type": Qwen3MoeConfig.model_type}, [variant.name], has_mixed=False)
     reads = {engine.engine.split()[0]: engine.reads for engine in engines}
     read_losses = None
     if reads["transformers"] == "yes":

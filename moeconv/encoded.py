@@ -59,6 +59,7 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
             )
         )
         return source
+    usual = model_dtype(source.config)
     for module in _modules(source.tensors):
         parts = {
             name[len(module) + 1 :]: tensor
@@ -75,13 +76,19 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
         for suffix in parts:
             del tensors[f"{module}.{suffix}"]
         first = next(iter(parts.values()))
-        spec = Spec(f"{module}.weight", dtype or own or model_dtype(source.config), shape)
+        spec = Spec(f"{module}.weight", dtype or own or usual, shape)
         tensors[spec.name] = StoredTensor(spec, first.file, first.offset, Encoded(made, parts))
     for tensor in tensors.values():
         if tensor.encoded is None and tensor.spec.dtype.startswith("F8") and len(tensor.spec.shape) > 1:
+            is_stack = len(tensor.spec.shape) > 2
             problems.append(
                 Problem(
-                    f"{tensor.spec} has no scales that are known here", "Start from the checkpoint in full precision."
+                    f"{tensor.spec} holds the codes of several matrices"
+                    if is_stack
+                    else f"{tensor.spec} has no scales that are known here",
+                    "Store the experts one by one first: moeconv unpack."
+                    if is_stack
+                    else "Start from the checkpoint in full precision.",
                 )
             )
     return source._replace(tensors=tensors)
@@ -166,6 +173,15 @@ def _schemes(quantization: Mapping[str, Any], module: str) -> list[Mapping[str, 
             named = any(_is_target(target, module) for target in targets) if isinstance(targets, list) else False
             found.append((not named, weights))
     return [weights for _, weights in sorted(found, key=lambda item: item[0])]
+
+
+def weight_bits(config: Mapping[str, Any]) -> set[int]:
+    """The numbers of bits that config.json gives for weights of compressed-tensors."""
+    return {
+        bits
+        for weights in _schemes(quantization_config(config), "")
+        if isinstance(bits := weights.get("num_bits"), int)
+    }
 
 
 def _is_target(target: object, module: str) -> bool:

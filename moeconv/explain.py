@@ -190,7 +190,7 @@ def _bytes_in(plan: Plan) -> int:
 
 def unquantized_share(plan: Plan) -> float | None:
     """Share of the model's full-precision bytes that a quantization leaves as they are; None for other plans."""
-    if plan.scheme is None:
+    if not any(value.format for value in plan.values):
         return None
     whole = sum(value.fill.target.nbytes for value in plan.values)
     plain = sum(value.fill.target.nbytes for value in plan.values if value.format is None)

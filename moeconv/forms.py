@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 from moeconv.checkpoint import Checkpoint, StoredTensor
 from moeconv.dims import Dim, parse_dim, parse_shape
+from moeconv.encoded import weight_bits
 from moeconv.names import Pattern, template_of
 from moeconv.ops import Concat, Expression, Interleave, Part, parts_of
 from moeconv.recipe import Component, Recipe, Rule
 from moeconv.recipe_file import shipped_folder
 from moeconv.yamldoc import nearest, read_yaml
 
-_KEYS = ("name", "about", "tensors", "packed", "optional")
+_KEYS = ("name", "about", "bits", "tensors", "packed", "optional")
 _WEIGHT = "weight"
 
 
@@ -31,12 +32,14 @@ class Form(NamedTuple):
         tensors: for each word that stands in place of `weight`, the shape, in N, K and G.
         tails: what hangs behind a name that has no `.weight` to replace.
         optional: words that a checkpoint may lack.
+        bits: the `num_bits` that config.json gives to weights in that form; 0 where shapes tell.
     """
 
     name: str
     tensors: Mapping[str, tuple[Dim, ...]]
     tails: Mapping[str, str]
     optional: frozenset[str]
+    bits: int = 0
 
     @property
     def said(self) -> str:
@@ -71,7 +74,8 @@ def load_forms() -> tuple[Form, ...]:
         renamed = {key.text(): value.text() for key, value in values["packed"].items()} if "packed" in values else {}
         tails = {word: renamed.get(word, _tail(word)) for word in tensors}
         optional = frozenset(values["optional"].texts() if "optional" in values else ())
-        forms.append(Form(values["name"].text(), tensors, tails, optional))
+        bits = values["bits"].integer() if "bits" in values else 0
+        forms.append(Form(values["name"].text(), tensors, tails, optional, bits))
     return tuple(forms)
 
 
@@ -83,10 +87,15 @@ def with_forms(recipe: Recipe, source: Checkpoint) -> Recipe:
     """The recipe with the quantized forms that names of the checkpoint hint at; the same recipe where none do."""
     last_words = {name.rpartition(".")[2] for name in source.tensors}
     before = source.manifest.get("forms")
-    hinted = [form for form in load_forms() if _is_hinted(form, last_words)]
+    bits = {0, *weight_bits(source.config)}
+    hinted = [
+        form for form in load_forms() if _is_hinted(form, last_words) and (bits == {0} or form.bits in bits)
+    ]  # fmt: skip
     telling = tuple(end for form in hinted for end in form.ends[form.said])
     examples = {
-        (template_of(name), tensor.spec.shape): name for name, tensor in source.tensors.items() if name.endswith(telling)
+        (template_of(name), tensor.spec.shape): name
+        for name, tensor in source.tensors.items()
+        if name.endswith(telling)
     }
     forms = [form for form in hinted if any(_is_example(form, name, source) for name in examples.values())]
     # Of two that fit alike the first is taken: the one that the folder was made from.

@@ -89,6 +89,18 @@ class _Planner:
 
     def plan(self) -> Plan:
         found = find_units(self.source, self.recipe, self.options.layout)
+        for unit in found.units:
+            if unit.component.form:
+                is_stack = any(rule.pattern.ids is None for rule, _ in unit.hits)
+                self.problems.append(
+                    Problem(
+                        f"{unit.block}: experts quantized in the form {unit.component.form} cannot be decoded"
+                        + (" where several are in one tensor" if is_stack else " yet"),
+                        "Store them one by one first: moeconv unpack."
+                        if is_stack
+                        else "Start from the checkpoint in full precision.",
+                    )
+                )
         self.problems += found.problems
         changes, kept, expert_fills = self._experts(found.units)
         fills = [*expert_fills, *(copy_of(tensor) for unit in kept for tensor in unit.tensors())]

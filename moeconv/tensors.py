@@ -8,6 +8,7 @@ hold the same numbers at other places, and converting between them is copying fr
 
 from __future__ import annotations
 
+from functools import cache
 from math import prod
 from typing import NamedTuple
 
@@ -34,10 +35,15 @@ class Spec(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor; a whole number for every spec that a checked header yields."""
-        return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+        return _nbytes(self.dtype, self.shape)
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype} {list(self.shape)}"
+
+
+@cache  # asked for often, and a model has few shapes
+def _nbytes(dtype: str, shape: Shape) -> int:
+    return prod(shape) * DTYPE_BITS[dtype] // 8
 
 
 class Axis(NamedTuple):

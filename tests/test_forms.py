@@ -264,6 +264,24 @@ def test_names_at_other_places_follow_the_recipe(tmp_path: Path) -> None:
     assert read_folder(tmp_path / "back") == tensors
 
 
+@pytest.mark.parametrize("command", [["dequantize"], ["quantize", "--format", "w8a16"]], ids=lambda words: words[0])
+@pytest.mark.parametrize("form", MOVING)
+def test_packed_codes_are_not_taken_for_numbers(tmp_path: Path, form: str, command: list[str]) -> None:
+    source = write_folder(tmp_path / "source", experts(form), CONFIG, 1)
+    succeeds("pack", source, tmp_path / "packed")
+    name, *options = command
+    message = refused(name, tmp_path / "packed", tmp_path / "made", *options, within=tmp_path)
+    assert "experts" in message
+    assert "moeconv unpack" in message
+
+
+@pytest.mark.parametrize("form", ["fp8_scale", "fp4_scale", "mxfp8", "nvfp4", "mxfp4", "modelopt_nvfp4", "per_tensor"])
+def test_codes_that_cannot_be_decoded_are_refused(tmp_path: Path, form: str) -> None:
+    source = write_folder(tmp_path / "source", experts(form), CONFIG, 1)
+    message = refused("dequantize", source, tmp_path / "made", within=tmp_path)
+    assert "model.layers.0.mlp.experts" in message or "model.layers.0: experts quantized in the form" in message
+
+
 def test_every_form_of_the_table_is_tested() -> None:
     assert {form.name for form in load_forms()} <= {*MOVING, *WRITTEN.values(), "modelopt_nvfp4", "per_tensor"}
 

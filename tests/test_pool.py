@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -54,13 +55,23 @@ def has_data(path: Path) -> bool:
 
 
 def begun(line: list[str], target: Path) -> tuple[subprocess.Popen[str], list[int]]:
-    """A run that has written something, and its workers."""
+    """A run that has written something, and its workers, which are stopped: it cannot be over before a test acts."""
     running = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     partial = target.with_name(f"{target.name}.partial")
-    while not any(has_data(path) for path in partial.glob("*.safetensors")):
+    workers: list[int] = []
+    while len(workers) < 2 or not any(has_data(path) for path in partial.glob("*.safetensors")):
         assert running.poll() is None, running.communicate()
+        workers = workers if len(workers) == 2 else children(running.pid)
         time.sleep(0.005)
-    return running, children(running.pid)
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    return running, workers
+
+
+def resume(workers: list[int]) -> None:
+    for worker in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGCONT)
 
 
 def gone(processes: list[int]) -> bool:
@@ -100,8 +111,10 @@ def test_no_worker_outlives_its_run_and_the_same_command_finishes(
 ) -> None:
     target = tmp_path / "target"
     running, workers = begun(slow(source, target), target)
-    assert len(workers) == 2
     running.send_signal(sent)
+    if sent != signal.SIGKILL:  # which ends them as they are
+        time.sleep(0.5)
+        resume(workers)
     out, err = running.communicate(timeout=60)
     assert gone(workers)
     assert not target.exists(), "the run was too fast to be interrupted"
@@ -118,6 +131,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_an_error(
     target = tmp_path / "target"
     running, workers = begun(slow(source, target), target)
     os.kill(workers[victim], signal.SIGKILL)
+    resume(workers)
     out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (1, "")
     assert err.startswith("moeconv: a worker process was killed")
@@ -134,6 +148,8 @@ def test_an_interrupt_of_the_whole_group_is_left_to_the_parent(source: Path, tmp
     line = [sys.executable, "-c", "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"]
     running, workers = begun([*line, *slow(source, target)], target)
     os.killpg(running.pid, signal.SIGINT)
+    time.sleep(0.5)
+    resume(workers)
     _, err = running.communicate(timeout=60)
     assert running.returncode == 130
     assert err == "moeconv: interrupted; the same command goes on where it stopped\n"

@@ -203,6 +203,7 @@ def test_the_plan_of_dequantizing_is_that_of_a_dry_run(sources: dict[str, Path],
     for report in (planned_json, again_json):
         report.pop("disk", None)
     assert planned_json == again_json
+    assert planned_json["unquantized_share"] is None  # nothing is to be quantized
     assert not (tmp_path / "back").exists()
 
 
