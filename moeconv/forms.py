@@ -103,9 +103,7 @@ def with_forms(recipe: Recipe, source: Checkpoint) -> Recipe:
     if not forms:
         return recipe
     claims, ids, optional = dict(recipe.part_claims), dict(recipe.part_ids), set(recipe.optional)
-    said = {
-        str(rule.pattern) for component in recipe.components for rules in component.rules.values() for rule in rules
-    }
+    said = {name for component in recipe.components for name in _names(component)}
     components = []
     for component in recipe.components:
         made = []
