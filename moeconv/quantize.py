@@ -85,7 +85,7 @@ class _Planner:
         layers = source.config_values(".", "num_hidden_layers") or source.config_values(
             "text_config", "num_hidden_layers"
         )
-        self.decider = Decider(scheme, layers if isinstance(layers, int) else None)
+        self.decider = Decider(scheme, recipe.keep, layers if isinstance(layers, int) else None)
 
     def plan(self) -> Plan:
         found = find_units(self.source, self.recipe, self.options.layout)

@@ -212,9 +212,10 @@ def scheme_of(said: Mapping[str, Any]) -> Scheme:
 class Decider:
     """Decides matrix by matrix, and knows in the end which rules decided nothing."""
 
-    def __init__(self, scheme: Scheme, layers: int | None) -> None:
+    def __init__(self, scheme: Scheme, keep: Sequence[str], layers: int | None) -> None:
         self._scheme = scheme
-        self._defaults = load_defaults()
+        defaults = load_defaults()
+        self._defaults = defaults._replace(keep=(*defaults.keep, *keep))
         # One expression with a group for each pattern: models have tens of thousands of names.
         self._keep = re.compile("|".join(f"({translate(pattern)})" for pattern in self._defaults.keep))
         self._layers = layers

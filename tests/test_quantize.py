@@ -534,6 +534,40 @@ def test_fp8_with_scales_in_bf16_is_fp8_already(sources: dict[str, Path], tmp_pa
         assert torch.equal(item.view(torch.uint8), found[key].view(torch.uint8)), key
 
 
+def test_a_recipe_keeps_what_is_peculiar_to_its_families(sources: dict[str, Path], tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("about: x\nextends: gate_up_down\nmodel_types: [qwen3_moe]\nkeep: ['*.o_proj']\n")
+    succeeds("quantize", sources["qwen3_moe"], tmp_path / "made", "--format", "fp8", "--recipe", own)
+    dtypes = {key: item.dtype for key, item in folder_tensors(tmp_path / "made").items()}
+    assert dtypes["model.layers.0.self_attn.o_proj.weight"] == torch.bfloat16
+    assert dtypes["model.layers.0.self_attn.q_proj.weight"] == torch.float8_e4m3fn
+    assert dtypes["lm_head.weight"] == torch.bfloat16
+    assert (
+        "model.layers.0.self_attn.o_proj"
+        in config_of(tmp_path / "made")["quantization_config"]["modules_to_not_convert"]
+    )
+    succeeds("verify", tmp_path / "made", "--against", sources["qwen3_moe"])
+    plan = json.loads(
+        succeeds("plan", "quantize", sources["qwen3_moe"], "--format", "fp8", "--recipe", own, "--json").out
+    )
+    assert "kept by default: *.o_proj" in {group["why"] for group in plan["groups"]}
+
+
+def test_state_space_layers_of_nemotron_are_kept(tmp_path: Path) -> None:
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.bfloat16)
+
+    tensors = {f"backbone.layers.0.mixer.{part}.weight": zeros(128, 128) for part in ("in_proj", "out_proj")}
+    for expert in range(2):
+        for part in ("up_proj", "down_proj"):
+            tensors[f"backbone.layers.1.mixer.experts.{expert}.{part}.weight"] = zeros(128, 128)
+    config = {"model_type": "nemotron_h", "n_routed_experts": 2, "moe_intermediate_size": 128, "hidden_size": 128}
+    source = save(tmp_path / "source", tensors, config)
+    plan = json.loads(succeeds("plan", "quantize", source, "--format", "w8a16", "--json").out)
+    kept = {name for group in plan["groups"] if group["what"] == "copied" for name in group["from"]}
+    assert kept == {f"backbone.layers.0.mixer.{part}.weight" for part in ("in_proj", "out_proj")}
+
+
 def test_a_dtype_that_changes_nothing_is_not_claimed(sources: dict[str, Path], tmp_path: Path) -> None:
     succeeds("quantize", sources["mixtral"], tmp_path / "made", "--format", "w4a16", "--dtype", "float16")
     config = config_of(tmp_path / "made")
