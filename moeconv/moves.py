@@ -129,7 +129,10 @@ def _change(unit: Unit, layout: str, recipe: Recipe) -> Change:
     targets: list[Spec] = []
     fills: list[Fill] = []
     if layout not in unit.component.rules:
-        raise ShapeError(f"experts quantized as {unit.component.form} can be neither interleaved nor transposed")
+        raise ShapeError(
+            f"tensors of the form {unit.component.form} cannot be joined as this layout joins matrices: "
+            "blocks are neither interleaved nor transposed, and numbers without an axis not stacked in pairs"
+        )
     for rule in unit.component.rules[layout]:
         parts = parts_of(rule.value)
         absent = [part for part in parts if part not in unit.part_shapes]
