@@ -11,7 +11,7 @@ from moeconv.steps import Decode, Step, Transcode, staged_nbytes, tile_rows, who
 from moeconv.tensors import DTYPE_BITS
 
 #: Elements of a tile on a CPU, the first that the budget allows. Each costs some hundred calls, small and large ones
-#: alike: an eighth of the largest takes a seventh more time, and threads in place of processes need it all.
+#: alike: a quarter of the largest takes a seventh more time.
 CPU_TILE_ELEMENTS = tuple(1 << bits for bits in range(21, 15, -1))
 #: The same for a GPU, where a tile must be worth a few launches of kernels (not measured yet).
 GPU_TILE_ELEMENTS = tuple(1 << bits for bits in range(23, 15, -1))

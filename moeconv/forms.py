@@ -104,18 +104,19 @@ def with_forms(recipe: Recipe, source: Checkpoint) -> Recipe:
         return recipe
     claims, ids, optional = dict(recipe.part_claims), dict(recipe.part_ids), set(recipe.optional)
     said = {name for component in recipe.components for name in _names(component)}
+    groups = {form.name: _group(form, source) for form in forms}
     components = []
     for component in recipe.components:
         made = []
         for form in forms if _can_be_quantized(component, recipe) else ():
-            other = _formed(component, form, _group(form, source))
+            other = _formed(component, form, groups[form.name])
             if _names(other) & said - _names(component):
                 continue  # the recipe names these tensors itself
             made.append(other)
             for part in component.parts:
                 for word, shape in form.tensors.items():
                     own = _own(part, form, word)
-                    claims[own] = _part_claim(shape, recipe.part_claims[part], _group(form, source))
+                    claims[own] = _part_claim(shape, recipe.part_claims[part], groups[form.name])
                     ids[own] = recipe.part_ids[part]
                     if word in form.optional or part in recipe.optional:
                         optional.add(own)

@@ -78,7 +78,9 @@ IncludeOption = Annotated[
 ShardOption = Annotated[
     str, typer.Option("--max-shard-size", help="Largest weight file, unless one tensor is larger.", metavar="SIZE")
 ]
-JobsOption = Annotated[int | None, typer.Option("--jobs", min=1, help="Threads. Default: one a core, at most 8.")]
+JobsOption = Annotated[
+    int | None, typer.Option("--jobs", min=1, help="Threads, or processes that encode. Default: one a core, at most 8.")
+]
 MemoryOption = Annotated[
     str | None, typer.Option("--max-memory", help="Most host memory to use, such as 500MB.", metavar="SIZE")
 ]

@@ -89,9 +89,7 @@ PACKED = sorted(
 )
 
 
-@pytest.mark.parametrize(
-    ("model_type", "name", "reads"), [case for case in PACKED if case[0] in ("qwen3_moe", "mixtral")]
-)
+@pytest.mark.parametrize(("model_type", "name", "reads"), PACKED)
 def test_transformers_reads_packed_experts_as_the_table_says(
     sources: dict[str, Path], tmp_path: Path, model_type: str, name: str, reads: str
 ) -> None:

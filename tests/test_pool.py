@@ -15,6 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moeconv.errors import RunError
+from moeconv.plan import Memory
+from moeconv.pool import Places, ProcessRunner, _Channel
 from tests.bench import sources
 from tests.commands import succeeds, tree
 from tests.processes import children
@@ -96,7 +99,7 @@ def expected(source: Path) -> dict[str, bytes]:
     return weights(target)
 
 
-@pytest.mark.parametrize("jobs", ["1", "2", "5"])
+@pytest.mark.parametrize("jobs", ["1", "2", "5", "100000"])
 def test_processes_write_what_threads_write(source: Path, tmp_path: Path, jobs: str) -> None:
     target = tmp_path / "target"
     done = subprocess.run(command(source, target, "--jobs", jobs), capture_output=True, text=True, check=True)
@@ -140,6 +143,15 @@ def test_a_worker_that_is_killed_ends_the_run_with_an_error(
     assert not target.exists()
     subprocess.run(slow(source, target), check=True, stdout=subprocess.DEVNULL)
     assert weights(target) == expected
+
+
+def test_a_worker_that_died_before_it_had_work_is_an_error(source: Path) -> None:
+    """As of memory, while it imported torch: nobody reads what it is sent."""
+    (reading, writing), (replies, other) = os.pipe(), os.pipe()
+    os.close(reading)
+    os.close(other)
+    with pytest.raises(RunError, match="a worker process was killed"):
+        ProcessRunner(_Channel(replies, writing), Places((source,), (), Memory(0, 0, 1, 0)), lambda nbytes: None)
 
 
 def test_an_interrupt_of_the_whole_group_is_left_to_the_parent(source: Path, tmp_path: Path) -> None:
