@@ -7,7 +7,7 @@ names and shapes of the model, and the bytes are decoded when they are read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moeconv.checkpoint import Checkpoint, Encoded, StoredTensor
@@ -60,17 +60,22 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
         )
         return source
     usual = model_dtype(source.config)
+    known: dict[object, tuple[Shape, Format]] = {}  # by all that decides; a model has few kinds
     for module in _modules(source.tensors):
         parts = {
             name[len(module) + 1 :]: tensor
             for suffix in _SUFFIXES
             if (tensor := source.tensors.get(name := f"{module}.{suffix}")) is not None
         }
-        found = _format_of(module, parts, quantization)
-        if isinstance(found, str):
-            problems.append(Problem(f"{module}: {found}", "Start from the checkpoint in full precision."))
-            continue
-        shape, made = found
+        schemes = _schemes(quantization, module)
+        kind = (*map(id, schemes), *((suffix, *tensor.spec[1:]) for suffix, tensor in parts.items()))
+        if kind not in known:
+            found = _format_of(parts, quantization, schemes)
+            if isinstance(found, str):
+                problems.append(Problem(f"{module}: {found}", "Start from the checkpoint in full precision."))
+                continue
+            known[kind] = found
+        shape, made = known[kind]
         scale = parts.get("weight_scale")
         own = scale.spec.dtype if scale is not None and scale.spec.dtype in ("BF16", "F16") else None
         for suffix in parts:
@@ -106,7 +111,7 @@ def _modules(tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
 
 
 def _format_of(
-    module: str, parts: Mapping[str, StoredTensor], quantization: Mapping[str, Any]
+    parts: Mapping[str, StoredTensor], quantization: Mapping[str, Any], schemes: Sequence[Mapping[str, Any]]
 ) -> tuple[Shape, Format] | str:
     """Shape and format of a quantized matrix, or why it cannot be read."""
     specs = {suffix: tensor.spec for suffix, tensor in parts.items()}
@@ -116,7 +121,7 @@ def _format_of(
     if scale.dtype not in _SCALES or len(scale.shape) != 2:
         return f"its scale {scale} is of no known form"
     if "weight_packed" in specs:
-        return _packed_format(module, specs, quantization)
+        return _packed_format(specs, schemes)
     weight = specs.get("weight")
     if weight is None or len(weight.shape) != 2:
         return "it has scales and no matrix of codes"
@@ -137,14 +142,12 @@ def _format_of(
     return f"its scale {scale} does not belong to {weight}"
 
 
-def _packed_format(
-    module: str, specs: Mapping[str, Spec], quantization: Mapping[str, Any]
-) -> tuple[Shape, Format] | str:
+def _packed_format(specs: Mapping[str, Spec], schemes: Sequence[Mapping[str, Any]]) -> tuple[Shape, Format] | str:
     packed, scale = specs["weight_packed"], specs["weight_scale"]
     if packed.dtype != "I32" or len(packed.shape) != 2 or scale.dtype not in FLOATS:
         return f"{packed} is of no known form"
     fitting = []
-    for group in _schemes(quantization, module):
+    for group in schemes:
         bits, size = group.get("num_bits"), group.get("group_size")
         if bits not in (4, 8) or not isinstance(size, int) or size < 1 or group.get("type") != "int":
             continue

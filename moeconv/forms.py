@@ -14,7 +14,7 @@ from typing import NamedTuple
 from moeconv.checkpoint import Checkpoint, StoredTensor
 from moeconv.dims import Dim, parse_dim, parse_shape
 from moeconv.encoded import weight_bits
-from moeconv.names import Pattern, template_of
+from moeconv.names import Pattern
 from moeconv.ops import Concat, Expression, Interleave, Part, parts_of
 from moeconv.recipe import Component, Recipe, Rule
 from moeconv.recipe_file import shipped_folder
@@ -92,8 +92,8 @@ def with_forms(recipe: Recipe, source: Checkpoint) -> Recipe:
         form for form in load_forms() if _is_hinted(form, last_words) and (bits == {0} or form.bits in bits)
     ]  # fmt: skip
     telling = tuple(end for form in hinted for end in form.ends[form.said])
-    examples = {
-        (template_of(name), tensor.spec.shape): name
+    examples = {  # one of each kind
+        (*name.rsplit(".", 2)[1:], tensor.spec.shape): name
         for name, tensor in source.tensors.items()
         if name.endswith(telling)
     }

@@ -171,6 +171,18 @@ def build_header(specs: Iterable[Spec], metadata: Mapping[str, str]) -> tuple[by
     return head, {name: len(head) + start for name, start in starts.items()}
 
 
+def entry_nbytes(spec: Spec) -> int:
+    """The most bytes that a tensor takes in a header, whatever its place."""
+    name = spec.name
+    return 100 + len(name.encode()) + name.count('"') + name.count("\\") + 21 * len(spec.shape)
+
+
+def head_nbytes(metadata: Mapping[str, str], file_nbytes: int) -> int:
+    """The most bytes of a head without its tensors, in a file of at most so many bytes."""
+    alignment = LARGE_DATA_ALIGNMENT if file_nbytes >= LARGE_FILE_BYTES else DATA_ALIGNMENT
+    return 8 + len(json.dumps({"__metadata__": metadata}, ensure_ascii=False).encode()) + alignment
+
+
 def in_file_order(specs: Sequence[Spec]) -> list[Spec]:
     """Specs as they must follow each other in a file: wider dtypes first, so that every tensor is aligned.
 

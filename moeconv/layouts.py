@@ -15,7 +15,7 @@ from typing import NamedTuple
 from moeconv.checkpoint import Checkpoint, StoredTensor
 from moeconv.dims import Dim
 from moeconv.errors import Problem
-from moeconv.names import Pattern, gaps, natural_key, ranges, template_of
+from moeconv.names import Pattern, gaps, natural_key, ranges, split_name, template_of
 from moeconv.ops import Expression, parts_of
 from moeconv.recipe import LAYOUTS, Component, Recipe, Rule
 from moeconv.tensors import Shape
@@ -165,23 +165,25 @@ class _Search:
 
     def candidates(self) -> _Candidates:
         """Tensors that match by name: (component number, block) -> layout -> rule number -> id -> tensor."""
-        templates: dict[str, list[str]] = {}
-        for name in self.checkpoint.tensors:
-            templates.setdefault(template_of(name), []).append(name)
+        templates: dict[str, list[tuple[tuple[int, ...], StoredTensor]]] = {}
+        for name, tensor in self.checkpoint.tensors.items():
+            template, integers = split_name(name)
+            templates.setdefault(template, []).append((integers, tensor))
+        stacks: dict[tuple[str, int | None], list[Hits]] = {}
         found: _Candidates = {}
         for number, (component, _) in enumerate(self.components):
             for layout, rules in component.rules.items():
                 for rule_number, rule in enumerate(rules):
-                    end = rule.pattern.template_end
-                    for template, names in templates.items():
+                    end, at = rule.pattern.template_end, rule.pattern.expert_integer
+                    for template, tensors in templates.items():
                         if not template.endswith(end):
                             continue
-                        for name in names:
-                            match = rule.pattern.match(name)
-                            if match:
-                                by_layout = found.setdefault((number, match[0]), {})
-                                hits = by_layout.setdefault(layout, {}).setdefault(rule_number, {})
-                                hits[match[1]] = self.checkpoint.tensors[name]
+                        if (template, at) not in stacks:
+                            stacks[template, at] = _stacks(tensors, at)
+                        for hits in stacks[template, at]:
+                            match = rule.pattern.match(next(iter(hits.values())).spec.name)
+                            if match:  # and so do the others, which differ in the expert's id alone
+                                found.setdefault((number, match[0]), {}).setdefault(layout, {})[rule_number] = hits
         return dict(sorted(found.items(), key=lambda item: (item[0][0], natural_key(item[0][1]))))
 
     def decide(self, component: Component, block: str, by_layout: dict[str, dict[int, Hits]]) -> _Decision:
@@ -222,8 +224,8 @@ class _Search:
                 f"Say which one it is with --layout {'|'.join(trial.layout for trial in fits)}.",
             )
         if fits:
-            return _Decision(frozenset(fits[0].names), fits[0].unit())
-        return _Decision(frozenset(best.names), problems=tuple(best.problems))
+            return _Decision(fits[0].names, fits[0].unit())
+        return _Decision(best.names, problems=tuple(best.problems))
 
     def _wrong(self, trials: Mapping[str, _Trial], message: str, remedy: str) -> _Decision:
         names = frozenset(name for trial in trials.values() for name in trial.names)
@@ -243,10 +245,8 @@ class _Trial:
         self.allowed = search.allowed(block)
         self.sizes: dict[str, int] = {}
         self.problems: list[Problem] = []
-
-    @property
-    def names(self) -> set[str]:
-        return {tensor.spec.name for hits in self.hits.values() for tensor in hits.values()}
+        self._narrow()
+        self.names = frozenset(tensor.spec.name for hits in self.hits.values() for tensor in hits.values())
 
     @property
     def share(self) -> float:
@@ -258,7 +258,6 @@ class _Trial:
         return set(parts_of(self.rules[number].value)) <= self.search.recipe.optional
 
     def run(self) -> None:
-        self._narrow()
         self._bind_from_shapes()
         self._bind_from_config()
         self._bind_from_ids()
@@ -420,6 +419,18 @@ class _Trial:
                     f"{name} is {rare}; the others of its stack are {usual}",
                     "One tensor has one dtype: restore the source, or convert that expert first.",
                 )
+
+
+def _stacks(tensors: Sequence[tuple[tuple[int, ...], StoredTensor]], at: int | None) -> list[Hits]:
+    """Tensors of one template whose names differ in the integer `at` alone, by it; each for itself without one."""
+    if at is None:
+        return [{0: tensor} for _, tensor in tensors]
+    found: dict[tuple[tuple[int, ...], tuple[int, ...]], Hits] = {}
+    behind = at + 1 or None
+    for integers, tensor in tensors:
+        others = integers[:at], integers[behind:] if behind else ()
+        found.setdefault(others, {})[integers[at]] = tensor
+    return list(found.values())
 
 
 def _shown(rule: Rule) -> str:

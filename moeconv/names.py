@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from moeconv.dims import Dim, DimSyntaxError, parse_dim
@@ -31,15 +32,43 @@ def is_integer(segment: str) -> bool:
     return segment.isdigit() and segment.isascii() and len(segment) < 10 and (segment[0] != "0" or len(segment) == 1)
 
 
+def split_name(name: str) -> tuple[str, tuple[int, ...]]:
+    """The name with every canonical integer between dots replaced by `{}`, and those integers."""
+    middle = name.find(".", len(name) // 2)
+    if middle < 0:
+        return _split(name)
+    head, integers = _split(name[:middle])
+    tail, more = _split(name[middle + 1 :])
+    return f"{head}.{tail}", integers + more
+
+
 def template_of(name: str) -> str:
-    """The name with every canonical integer between dots replaced by `{}`."""
-    return _INTEGER.sub("{}", name)
+    """The first of what `split_name` gives."""
+    return split_name(name)[0]
 
 
-def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key under which `layers.2` comes before `layers.10`."""
-    parts = _DIGITS.split(name)  # text and digits in turn
-    return tuple((0, int(part), part) if turn % 2 else (1, 0, part) for turn, part in enumerate(parts) if part)
+NaturalKey = tuple[tuple[tuple[int, int, str], ...], ...]
+
+
+def natural_key(name: str) -> NaturalKey:
+    """Sort key, segment by segment, under which `layers.2` comes before `layers.10`."""
+    middle = name.find(".", len(name) // 2)
+    return _natural(name) if middle < 0 else _natural(name[:middle]) + _natural(name[middle + 1 :])
+
+
+# A model's hundred thousand names have some thousand first and last halves.
+@lru_cache(maxsize=1 << 16)
+def _split(name: str) -> tuple[str, tuple[int, ...]]:
+    return _INTEGER.sub("{}", name), tuple(map(int, _INTEGER.findall(name)))
+
+
+@lru_cache(maxsize=1 << 16)
+def _natural(name: str) -> NaturalKey:
+    segments = [_DIGITS.split(segment) for segment in name.split(".")]  # text and digits in turn
+    return tuple(
+        tuple((0, int(part), part) if turn % 2 else (1, 0, part) for turn, part in enumerate(parts) if part)
+        for parts in segments
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +153,11 @@ class Pattern:
         inner = self.before if self.ids is None else f"{self.before}0{self.after}"
         return "." + template_of(inner)
 
+    @property
+    def expert_integer(self) -> int | None:
+        """Which of the integers (see `split_name`) of every matching name is the id, counted from the last (-1)."""
+        return None if self.ids is None else -1 - len(split_name(self.after)[1])
+
     def __str__(self) -> str:
         return self.text
 
@@ -163,7 +197,8 @@ def collapse(names: Sequence[str]) -> list[str]:
     """
     groups: dict[str, set[tuple[int, ...]]] = {}
     for name in names:
-        groups.setdefault(template_of(name), set()).add(tuple(map(int, _INTEGER.findall(name))))
+        template, integers = split_name(name)
+        groups.setdefault(template, set()).add(integers)
     return [line for template, rows in groups.items() for line in _folded(template, rows)]
 
 

@@ -19,7 +19,7 @@ from moeconv.checkpoint import INDEX, SINGLE, Checkpoint, Encoded, StoredTensor
 from moeconv.engines import Reading, readings
 from moeconv.errors import PlanError, Problem, UsageError
 from moeconv.formats import Format, StoredPart
-from moeconv.header import build_header, in_file_order
+from moeconv.header import build_header, entry_nbytes, head_nbytes, in_file_order
 from moeconv.layouts import Unit, find_units, layout_lines
 from moeconv.moves import Change, Fill, change, copy_of
 from moeconv.names import natural_key
@@ -278,20 +278,18 @@ def place_specs(
     """
     ordered = sorted(groups, key=lambda group: natural_key(group[0].name))
     metadata = _metadata(source)
-    limit = options.max_shard_nbytes
-    while True:
-        shards = _shards(ordered, limit)
-        files, places, weight_map = _files(shards, metadata)
-        # Headers and the gaps that align data count too, which only a finished cut can tell.
-        excess = max((f.nbytes - options.max_shard_nbytes for f in files if len(f.specs) > 1), default=0)
-        if excess <= 0 or len(shards) == len(groups) or limit <= excess:
-            break
-        limit -= excess
+    files, places, weight_map = _files(_shards(ordered, metadata, options.max_shard_nbytes), metadata)
     if len(files) == 1:
         return files, places, b""
     total = sum(spec.nbytes for group in groups for spec in group)
-    content = {"metadata": {**source.index_metadata, "total_size": total}, "weight_map": weight_map}
-    return files, places, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return files, places, _index({**source.index_metadata, "total_size": total}, weight_map)
+
+
+def _index(metadata: Mapping[str, Any], weight_map: Mapping[str, str]) -> bytes:
+    """The index as `json.dumps(..., indent=2)` writes it, which takes ten times as long."""
+    head = json.dumps({"metadata": metadata, "weight_map": {}}, indent=2, ensure_ascii=False)
+    lines = json.dumps(weight_map, separators=(",\n    ", ": "), ensure_ascii=False)[1:-1]
+    return f"{head[: -len('{}' + chr(10) + '}')]}{{\n    {lines}\n  }}\n}}\n".encode()
 
 
 def _files(
@@ -311,12 +309,13 @@ def _files(
     return tuple(files), places, weight_map
 
 
-def _shards(groups: Sequence[tuple[Spec, ...]], most: int) -> list[list[Spec]]:
-    """Cut specs into as few files of at most `most` bytes as their order allows, of sizes as even as that allows.
+def _shards(groups: Sequence[tuple[Spec, ...]], metadata: Mapping[str, str], limit: int) -> list[list[Spec]]:
+    """Cut specs into as few files of at most `limit` bytes as their order allows, of sizes as even as that allows.
 
     Even files let every worker write to one of its own until the end.
     """
-    sizes = [sum(spec.nbytes for spec in group) for group in groups]
+    sizes = [sum(spec.nbytes + entry_nbytes(spec) for spec in group) for group in groups]
+    most = max(1, limit - head_nbytes(metadata, limit))
     wanted = len(_cut(sizes, most))
     low, high = min(sum(sizes) // wanted, most), most
     for _ in range(8):

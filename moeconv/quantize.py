@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import lcm, prod
+from functools import cache
+from math import lcm
 from typing import Any
 
 from moeconv.budget import transcoding_memory
@@ -18,7 +19,7 @@ from moeconv.config_json import Group, groups_of, rewritten
 from moeconv.encoded import decoded_view
 from moeconv.engines import format_readings
 from moeconv.errors import PlanError, Problem
-from moeconv.formats import FLOATS, Format
+from moeconv.formats import FLOATS, Format, StoredPart
 from moeconv.layouts import Unit, find_units
 from moeconv.moves import Change, Fill, change, copy_of
 from moeconv.names import collapse, natural_key
@@ -35,7 +36,7 @@ from moeconv.plan import (
 from moeconv.recipe import Recipe
 from moeconv.scheme import Decider, Decision, Scheme
 from moeconv.steps import Content, Decode, Part, Step, Transcode, rearrangement, steps_of, tasks_of
-from moeconv.tensors import DTYPE_BITS, Shape, Spec
+from moeconv.tensors import Shape, Spec
 
 WEIGHT = ".weight"
 
@@ -246,7 +247,7 @@ class _Planner:
             why = decision.why if stored is None else f"decoded from {stored.format.name}"
             return Value(fill, None, ((spec, None),), why)
         head = _module(spec)
-        parts_ = made.parts(spec.shape, self._dtype(fill))
+        parts_ = _parts_of(made, spec.shape, self._dtype(fill))
         return Value(fill, made, tuple((Spec(f"{head}.{p.suffix}", p.dtype, p.shape), p) for p in parts_), decision.why)
 
     def _check(self, values: Sequence[Value], groups: Sequence[Group], experts: set[str], has_units: bool) -> None:
@@ -324,11 +325,10 @@ class _Planner:
     def _read(self, fill: Fill, stored: Encoded | None) -> Any:
         if stored is None:
             return rearrangement(fill, 0, 0)
-        known = {part.suffix: part for part in stored.format.parts(fill.target.shape, "BF16")}
         parts = [
-            _part(suffix, tensor.spec, tensor.file, tensor.offset, known[suffix].rows)
-            for suffix, tensor in stored.parts.items()
-            if known[suffix].rows
+            _part(part.suffix, tensor.spec, tensor.file, tensor.offset, part.rows)
+            for part in _parts_of(stored.format, fill.target.shape, "BF16")
+            if part.rows and (tensor := stored.parts.get(part.suffix)) is not None
         ]
         return Decode(stored.format, tuple(parts))
 
@@ -377,6 +377,10 @@ def _same(one: Format | None, other: Format | None) -> bool:
     return type(one) is type(other) and one.settings() == other.settings()
 
 
+@cache  # a model has few shapes
+def _parts_of(made: Format, shape: Shape, dtype: str) -> tuple[StoredPart, ...]:
+    return made.parts(shape, dtype)
+
+
 def _part(suffix: str, spec: Spec, file: int, offset: int, rows: int) -> Part:
-    inner: Shape = spec.shape[1:]
-    return Part(suffix, spec.dtype, file, offset, prod(inner) * DTYPE_BITS[spec.dtype] // 8, spec.shape[0], rows)
+    return Part(suffix, spec.dtype, file, offset, spec.nbytes // max(1, spec.shape[0]), spec.shape[0], rows)

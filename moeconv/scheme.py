@@ -209,15 +209,40 @@ def scheme_of(said: Mapping[str, Any]) -> Scheme:
     )  # fmt: skip
 
 
+class _Patterns:
+    """Patterns asked for tens of thousands of names that fit none. Most are the end of a name, or a word of it."""
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self._patterns = patterns
+        self._ends = tuple(pattern[1:] for pattern in patterns if _is_plain(pattern[1:]) and pattern[0] == "*")
+        self._words = [p[1:-1] for p in patterns if p[0] == p[-1] == "*" and _is_plain(p[1:-1])]
+        others = [p for p in patterns if p[1:] not in self._ends and p[1:-1] not in self._words]
+        self._others = re.compile("|".join(map(translate, others)) or r"\b\B")
+
+    def first(self, name: str) -> str | None:
+        """The first pattern that fits a name."""
+        if (
+            name.endswith(self._ends)
+            or any(word in name for word in self._words)
+            or self._others.match(name) is not None
+        ):
+            return next((pattern for pattern in self._patterns if fnmatchcase(name, pattern)), None)
+        return None
+
+
+def _is_plain(text: str) -> bool:
+    return bool(text) and not set("*?[") & set(text)
+
+
 class Decider:
     """Decides matrix by matrix, and knows in the end which rules decided nothing."""
 
     def __init__(self, scheme: Scheme, keep: Sequence[str], layers: int | None) -> None:
         self._scheme = scheme
         defaults = load_defaults()
-        self._defaults = defaults._replace(keep=(*defaults.keep, *keep))
-        # One expression with a group for each pattern: models have tens of thousands of names.
-        self._keep = re.compile("|".join(f"({translate(pattern)})" for pattern in self._defaults.keep))
+        self._linear = defaults.linear
+        self._together = defaults.together
+        self._keep = _Patterns((*defaults.keep, *keep))
         self._layers = layers
         self._used: set[FormatRule | str] = set()
 
@@ -240,10 +265,10 @@ class Decider:
         layer = _LAYER.search(module)
         if layer and self._layers is not None and int(layer[1]) >= self._layers:
             return Decision(None, f"layer {layer[1]} is beyond the model's {self._layers} (it predicts further tokens)")
-        kept = self._keep.match(module)
-        if kept and kept.lastindex:
-            return Decision(None, f"kept by default: {self._defaults.keep[kept.lastindex - 1]}")
-        if is_expert or module.rsplit(".", 1)[-1] in self._defaults.linear:
+        kept = self._keep.first(module)
+        if kept is not None:
+            return Decision(None, f"kept by default: {kept}")
+        if is_expert or module.rsplit(".", 1)[-1] in self._linear:
             return Decision(scheme.default, "expert" if is_expert else "linear layer")
         return Decision(None, "not known as a linear layer that engines quantize")
 
@@ -257,7 +282,7 @@ class Decider:
     def partners(self, module: str) -> list[str]:
         """Modules that engines fuse with this one, itself included."""
         head, _, last = module.rpartition(".")
-        for group in self._defaults.together:
+        for group in self._together:
             if last in group:
                 return [f"{head}.{name}" for name in group]
         return [module]
