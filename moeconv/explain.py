@@ -69,27 +69,39 @@ def _valued(plan: Plan) -> list[Group]:
         alike.setdefault((what, value.why), []).append(value)
     groups = []
     for (what, why), values in alike.items():
-        sources: dict[str, Spec] = {}
-        for value in values:
-            for move in value.fill.moves:
-                parts = move.source.encoded.parts.values() if move.source.encoded else (move.source,)
-                sources.update((tensor.spec.name, tensor.spec) for tensor in parts)
-        targets = [spec for value in values for spec, _ in value.parts]
+        sources = {move.source.spec.name: move.source for value in values for move in value.fill.moves}
+        stored = [
+            (name, [part.spec for part in tensor.encoded.parts.values()] if tensor.encoded else [tensor.spec])
+            for name, tensor in sources.items()
+        ]
+        made = [(value.fill.target.name, [spec for spec, _ in value.parts]) for value in values]
         groups.append(
             Group(
                 what,
                 why,
-                tuple(collapse(list(sources))),
-                tuple(collapse([spec.name for spec in targets])),
-                len(sources),
-                len(targets),
-                sum(spec.nbytes for spec in sources.values()),
-                sum(spec.nbytes for spec in targets),
-                str(targets[0]),
+                tuple(_collapsed(stored)),
+                tuple(_collapsed(made)),
+                sum(len(specs) for _, specs in stored),
+                sum(len(specs) for _, specs in made),
+                sum(spec.nbytes for _, specs in stored for spec in specs),
+                sum(spec.nbytes for _, specs in made for spec in specs),
+                str(made[0][1][0]),
             )
         )
     order = {"copied": 2, "decoded": 1}
     return sorted(groups, key=lambda group: (order.get(group.what, 0), -group.nbytes_out))
+
+
+def _collapsed(matrices: Iterable[tuple[str, Sequence[Spec]]]) -> list[str]:
+    """Names of the tensors that matrices are stored as, collapsed once for all tensors of a matrix."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, specs in matrices:
+        stem = name.removesuffix("weight")
+        ends = tuple([spec.name.removeprefix(stem) for spec in specs])
+        alike.setdefault(ends, []).append(stem if len(ends) > 1 else specs[0].name)
+    return [
+        line + end for ends, names in alike.items() for line in collapse(names) for end in (ends if ends[1:] else ("",))
+    ]
 
 
 def _alike(changes: Iterable[Change]) -> list[list[Change]]:

@@ -153,8 +153,8 @@ def header_problem(path: str, error: HeaderError) -> Problem:
     return Problem(f"{path}: {error}", _DAMAGED)
 
 
-def build_header(specs: Iterable[Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The head of a file that holds `specs` in this order, and each tensor's offset in the file.
+def build_header(specs: Iterable[Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """The head of a file that holds `specs` in this order, each tensor's offset in the file, and the file's size.
 
     The JSON is padded with spaces so that data starts at an aligned place (see `DATA_ALIGNMENT`).
     """
@@ -162,13 +162,14 @@ def build_header(specs: Iterable[Spec], metadata: Mapping[str, str]) -> tuple[by
     at = 0
     starts: dict[str, int] = {}
     for spec in specs:
-        entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]}
+        end = at + spec.nbytes
+        entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (at, end)}
         starts[spec.name] = at
-        at += spec.nbytes
+        at = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % (LARGE_DATA_ALIGNMENT if at >= LARGE_FILE_BYTES else DATA_ALIGNMENT))
     head = struct.pack("<Q", len(text)) + text
-    return head, {name: len(head) + start for name, start in starts.items()}
+    return head, {name: len(head) + start for name, start in starts.items()}, len(head) + at
 
 
 def entry_nbytes(spec: Spec) -> int:

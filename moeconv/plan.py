@@ -281,7 +281,7 @@ def place_specs(
     files, places, weight_map = _files(_shards(ordered, metadata, options.max_shard_nbytes), metadata)
     if len(files) == 1:
         return files, places, b""
-    total = sum(spec.nbytes for group in groups for spec in group)
+    total = sum(file.nbytes - len(file.head) for file in files)
     return files, places, _index({**source.index_metadata, "total_size": total}, weight_map)
 
 
@@ -302,10 +302,10 @@ def _files(
     for number, shard in enumerate(shards):
         path = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         ordered = in_file_order(shard)
-        head, starts = build_header(ordered, metadata)
+        head, starts, nbytes = build_header(ordered, metadata)
         places.update((name, (number, start)) for name, start in starts.items())
         weight_map.update((spec.name, path) for spec in shard)
-        files.append(TargetFile(path, head, len(head) + sum(spec.nbytes for spec in shard), tuple(ordered)))
+        files.append(TargetFile(path, head, nbytes, tuple(ordered)))
     return tuple(files), places, weight_map
 
 

@@ -164,7 +164,7 @@ class _Planner:
         for fill in fills:
             decisions[fill.target.name] = self._decide(fill, fill.target.name in experts)
         self._keep_together(decisions, {fill.target.name: fill for fill in fills})
-        self._check_experts({name: decisions[name] for name in sorted(experts, key=natural_key)})
+        self._check_experts({name: decisions[name] for name in experts if name.endswith(WEIGHT)})
         return [self._value(fill, decisions[fill.target.name]) for fill in fills]
 
     def _decide(self, fill: Fill, is_expert: bool) -> Decision:
@@ -208,15 +208,15 @@ class _Planner:
 
     def _check_experts(self, decisions: Mapping[str, Decision]) -> None:
         """All experts of a layer get one format: engines hold them together and are told of the first expert alone."""
-        if "experts" not in self.recipe.layouts:
+        if "experts" not in self.recipe.layouts or len({decision.format for decision in decisions.values()}) < 2:
             return
         goal = self.recipe.layout("experts")
         patterns = [rule.pattern for component in self.recipe.components for rule in component.rules[goal]]
         firsts: dict[tuple[object, ...], str] = {}
         unlike: set[tuple[object, ...]] = set()
-        for name, decision in decisions.items():
+        for name, decision in sorted(decisions.items(), key=lambda item: natural_key(item[0])):
             found = next(((match[0], p) for p in patterns if p.ids and (match := p.match(name))), None)
-            if found is None or not name.endswith(WEIGHT):
+            if found is None:
                 continue
             group = (found[0], found[1].before, found[1].ids)
             first = firsts.setdefault(group, name)

@@ -199,7 +199,8 @@ def test_what_is_written_the_safetensors_library_reads(
         if _bits(dtype, shape) % 8 == 0
     ]
     ordered = in_file_order(specs)
-    head, starts = build_header(ordered, metadata)
+    head, starts, nbytes = build_header(ordered, metadata)
+    assert nbytes == len(head) + sum(spec.nbytes for spec in ordered)
     content = random.Random(0).randbytes(sum(spec.nbytes for spec in specs))
     read = accepted_by_the_library(head + content)
     assert read is not None
@@ -212,13 +213,13 @@ def test_what_is_written_the_safetensors_library_reads(
 def test_every_tensor_is_aligned_to_its_elements() -> None:
     specs = [Spec(f"{dtype}{size}", dtype, (size,)) for dtype in DTYPE_BITS for size in (1, 3, 4, 64) if size % 4 == 0]
     random.Random(3).shuffle(specs)
-    head, starts = build_header(in_file_order(specs), {})
+    head, starts, _ = build_header(in_file_order(specs), {})
     assert len(head) % 4096 == 0
     assert not [spec for spec in specs if starts[spec.name] % max(1, DTYPE_BITS[spec.dtype] // 8)]
 
 
 def test_a_header_is_written_as_the_format_says() -> None:
-    head, starts = build_header([Spec("w", "BF16", (2, 3)), Spec("s", "U8", ())], {"format": "pt"})
+    head, starts, _ = build_header([Spec("w", "BF16", (2, 3)), Spec("s", "U8", ())], {"format": "pt"})
     text = (
         b'{"__metadata__":{"format":"pt"},"w":{"dtype":"BF16","shape":[2,3],"data_offsets":[0,12]},'
         b'"s":{"dtype":"U8","shape":[],"data_offsets":[12,13]}}'
