@@ -152,7 +152,7 @@ class _Opening:
         try:
             content = self.files.read_bytes(self.root / name, limit)
             self._check_content(name, content)
-            value = read_manifest(content) if name == MANIFEST else read_json(content)
+            value = read_manifest(content) if name == MANIFEST else read_json(content, _index_strings)
         except HeaderError as error:
             self.problems.append(Problem(f"{self.root / name}: {error}", "Download the file again."))
         except CheckpointError as error:
@@ -162,6 +162,19 @@ class _Opening:
                 return value
             self.problems.append(Problem(f"{self.root / name} is not a JSON object", "Download the file again."))
         return None
+
+
+def _index_strings(value: Any) -> int:
+    """Of an index: words of the metadata, and a name and a file for each tensor."""
+    if not isinstance(value, dict) or value.keys() != {"metadata", "weight_map"}:
+        return -1
+    metadata, weight_map = value["metadata"], value["weight_map"]
+    if not isinstance(metadata, dict) or not isinstance(weight_map, dict):
+        return -1
+    if any(isinstance(word, dict | list) for word in metadata.values()):
+        return -1
+    files = [*metadata.values(), *weight_map.values()]
+    return 2 + len(metadata) + len(weight_map) + sum(1 for file in files if type(file) is str)
 
 
 def read_manifest(content: bytes) -> Any:

@@ -61,11 +61,11 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
         return source
     usual = model_dtype(source.config)
     known: dict[object, tuple[Shape, Format]] = {}  # by all that decides; a model has few kinds
+    last_words = {name.rpartition(".")[2] for name in source.tensors}
+    suffixes = [suffix for suffix in _SUFFIXES if suffix in last_words]
     for module in _modules(source.tensors):
         parts = {
-            name[len(module) + 1 :]: tensor
-            for suffix in _SUFFIXES
-            if (tensor := source.tensors.get(name := f"{module}.{suffix}")) is not None
+            suffix: tensor for suffix in suffixes if (tensor := source.tensors.get(f"{module}.{suffix}")) is not None
         }
         schemes = _schemes(quantization, module)
         kind = (*map(id, schemes), *((suffix, *tensor.spec[1:]) for suffix, tensor in parts.items()))

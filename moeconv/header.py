@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from math import prod
 from typing import Any
 
 from moeconv.errors import Problem
-from moeconv.tensors import DTYPE_BITS, Spec
+from moeconv.tensors import DTYPE_BITS, Shape, Spec
 
 #: The safetensors library refuses longer headers too (safetensors 0.8, MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
@@ -37,15 +38,25 @@ class _RepeatedKeyError(ValueError):
     pass
 
 
-def read_json(text: bytes) -> Any:
+def read_json(text: bytes, strings: Callable[[Any], int] | None = None) -> Any:
     """Parse JSON that must not repeat a key.
+
+    Args:
+        text: the JSON.
+        strings: for JSON of a known form, the number of strings that it holds, -1 for another form. Text without
+            escapes that has two quotes for each repeats no key, which is known several times as fast.
 
     Raises:
         HeaderError: not JSON, nested too deeply, with a repeated key, or with text that is not Unicode.
     """
     try:
-        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-        if b"\\u" in text:  # an escape can spell half a character, which could not be written again
+        decoded = text.decode("utf-8")
+        if strings is not None and "\\" not in decoded:
+            parsed = json.loads(decoded)
+            if decoded.count('"') == 2 * strings(parsed):
+                return parsed
+        parsed = json.loads(decoded, object_pairs_hook=_unique)
+        if "\\u" in decoded:  # an escape can spell half a character, which could not be written again
             json.dumps(parsed, ensure_ascii=False).encode()
         return parsed
     except _RepeatedKeyError as error:
@@ -97,13 +108,12 @@ def parse_header(text: bytes, data_nbytes: int) -> tuple[dict[str, str], list[tu
     """
     if not text.startswith(b"{"):
         raise HeaderError("the header does not begin with {")
-    parsed = read_json(text)
+    parsed = read_json(text, _header_strings)
     metadata = parsed.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise HeaderError("__metadata__ is not a mapping of text to text")
-    placed: list[tuple[int, int, Spec]] = []
-    for name, entry in parsed.items():
-        placed.append(_entry(name, entry))
+    known: dict[tuple[str, Shape], int] = {}
+    placed = [_entry(name, entry, known) for name, entry in parsed.items()]
     placed.sort(key=lambda item: item[:2])
     at = 0
     for begin, end, spec in placed:
@@ -117,8 +127,19 @@ def parse_header(text: bytes, data_nbytes: int) -> tuple[dict[str, str], list[tu
     return metadata, [(spec, begin) for begin, _, spec in placed]
 
 
-def _entry(name: str, entry: Any) -> tuple[int, int, Spec]:
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+def _header_strings(parsed: Any) -> int:
+    """A name, three keys and a dtype for each tensor, whose entries `_entry` checks; metadata as it is."""
+    if not isinstance(parsed, dict):
+        return -1
+    metadata = parsed.get("__metadata__")
+    if metadata is None:
+        return 5 * len(parsed)
+    return 5 * (len(parsed) - 1) + 1 + 2 * len(metadata) if isinstance(metadata, dict) else -1
+
+
+def _entry(name: str, entry: Any, known: dict[tuple[str, Shape], int]) -> tuple[int, int, Spec]:
+    """Begin, end and spec of a tensor. `known` has the bytes of dtypes and shapes that were checked before."""
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY:
         raise HeaderError(f"{name[:200]!r} does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
@@ -127,16 +148,27 @@ def _entry(name: str, entry: Any) -> tuple[int, int, Spec]:
         raise HeaderError(f"{name[:200]!r} has the shape {str(shape)[:100]}; sizes are whole numbers from 0 to 2^63")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
         raise HeaderError(f"{name[:200]!r} has the data_offsets {str(offsets)[:100]}")
-    bits = prod(shape) * DTYPE_BITS[dtype]
-    if bits % 8 or prod(size or 1 for size in shape) * DTYPE_BITS[dtype] >> 64:  # the library counts bits in 64 bits
-        raise HeaderError(f"{name[:200]!r} {dtype} {shape} has no possible size in bytes")
-    if offsets[1] - offsets[0] != bits // 8:
+    kind = dtype, tuple(shape)
+    nbytes = known.get(kind)
+    if nbytes is None:
+        nbytes = known[kind] = _nbytes(name, *kind)
+    if offsets[1] - offsets[0] != nbytes:
         raise HeaderError(
-            f"{name[:200]!r} {dtype} {shape} needs {bits // 8:,} bytes; data_offsets give {offsets[1] - offsets[0]:,}"
+            f"{name[:200]!r} {dtype} {shape} needs {nbytes:,} bytes; data_offsets give {offsets[1] - offsets[0]:,}"
         )
     if not name or not name.isprintable():
         raise HeaderError(f"the tensor name {name[:200]!r} has control characters")
-    return offsets[0], offsets[1], Spec(name, dtype, tuple(shape))
+    return offsets[0], offsets[1], Spec(name, *kind)
+
+
+_ENTRY = {"dtype", "shape", "data_offsets"}
+
+
+def _nbytes(name: str, dtype: str, shape: Shape) -> int:
+    bits = prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8 or prod(size or 1 for size in shape) * DTYPE_BITS[dtype] >> 64:  # the library counts bits in 64 bits
+        raise HeaderError(f"{name[:200]!r} {dtype} {list(shape)} has no possible size in bytes")
+    return bits // 8
 
 
 def _are_sizes(values: Any) -> bool:
@@ -158,18 +190,27 @@ def build_header(specs: Iterable[Spec], metadata: Mapping[str, str]) -> tuple[by
 
     The JSON is padded with spaces so that data starts at an aligned place (see `DATA_ALIGNMENT`).
     """
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries = (
+        [f'"__metadata__":{json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=False)}'] if metadata else []
+    )
     at = 0
     starts: dict[str, int] = {}
     for spec in specs:
+        name, dtype, shape = spec
         end = at + spec.nbytes
-        entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (at, end)}
-        starts[spec.name] = at
+        text = json.dumps(name, ensure_ascii=False) if '"' in name or "\\" in name else f'"{name}"'
+        entries.append(f'{text}:{{"dtype":"{dtype}","shape":{_shape_text(shape)},"data_offsets":[{at},{end}]}}')
+        starts[name] = at
         at = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % (LARGE_DATA_ALIGNMENT if at >= LARGE_FILE_BYTES else DATA_ALIGNMENT))
-    head = struct.pack("<Q", len(text)) + text
+    content = f"{{{','.join(entries)}}}".encode()
+    content += b" " * (-(8 + len(content)) % (LARGE_DATA_ALIGNMENT if at >= LARGE_FILE_BYTES else DATA_ALIGNMENT))
+    head = struct.pack("<Q", len(content)) + content
     return head, {name: len(head) + start for name, start in starts.items()}, len(head) + at
+
+
+@cache  # a model has few shapes
+def _shape_text(shape: Shape) -> str:
+    return f"[{','.join(map(str, shape))}]"
 
 
 def entry_nbytes(spec: Spec) -> int:

@@ -22,7 +22,7 @@ from moeconv.errors import PlanError, Problem
 from moeconv.formats import FLOATS, Format, StoredPart
 from moeconv.layouts import Unit, find_units
 from moeconv.moves import Change, Fill, change, copy_of
-from moeconv.names import collapse, natural_key
+from moeconv.names import Pattern, collapse, natural_key
 from moeconv.plan import (
     NAME_BYTES,
     Options,
@@ -107,7 +107,9 @@ class _Planner:
         fills = [*expert_fills, *(copy_of(tensor) for unit in kept for tensor in unit.tensors())]
         experts = {fill.target.name for fill in fills}
         fills += [copy_of(tensor) for tensor in found.rest]
-        values = self._values(fills, experts)
+        stacks = [(unit.block, [tensor.spec.name for tensor in unit.tensors()]) for unit in kept]
+        stacks += [(made.unit.block, [spec.name for spec in made.targets]) for made in changes]
+        values = self._values(fills, experts, stacks)
         groups = groups_of((_module(value.fill.target), value.format) for value in values if value.format)
         self._check(values, groups, experts, bool(found.units))
         if self.problems:
@@ -159,12 +161,14 @@ class _Planner:
                 kept.append(made.unit)
         return changes, kept, fills
 
-    def _values(self, fills: Sequence[Fill], experts: set[str]) -> list[Value]:
+    def _values(
+        self, fills: Sequence[Fill], experts: set[str], stacks: Sequence[tuple[str, Sequence[str]]]
+    ) -> list[Value]:
         decisions: dict[str, Decision] = {}
         for fill in fills:
             decisions[fill.target.name] = self._decide(fill, fill.target.name in experts)
         self._keep_together(decisions, {fill.target.name: fill for fill in fills})
-        self._check_experts({name: decisions[name] for name in experts if name.endswith(WEIGHT)})
+        self._check_experts(decisions, stacks)
         return [self._value(fill, decisions[fill.target.name]) for fill in fills]
 
     def _decide(self, fill: Fill, is_expert: bool) -> Decision:
@@ -206,21 +210,35 @@ class _Planner:
                 decisions[name] = Decision(None, f"engines fuse it with {partner.rsplit('.', 1)[-1]}, which is kept")
                 break
 
-    def _check_experts(self, decisions: Mapping[str, Decision]) -> None:
-        """All experts of a layer get one format: engines hold them together and are told of the first expert alone."""
-        if "experts" not in self.recipe.layouts or len({decision.format for decision in decisions.values()}) < 2:
+    def _check_experts(self, decisions: Mapping[str, Decision], stacks: Sequence[tuple[str, Sequence[str]]]) -> None:
+        """All experts of a layer get one format: engines hold them together and are told of the first expert alone.
+
+        Args:
+            decisions: by name.
+            stacks: names of experts' tensors, and the block that they belong to.
+        """
+        if "experts" not in self.recipe.layouts:
             return
+        blocks: dict[str, list[str]] = {}
+        for block, names in stacks:
+            blocks.setdefault(block, []).extend(name for name in names if name.endswith(WEIGHT))
         goal = self.recipe.layout("experts")
-        patterns = [rule.pattern for component in self.recipe.components for rule in component.rules[goal]]
+        rules = [rule for component in self.recipe.components for rule in component.rules[goal]]
+        for names in blocks.values():
+            if len({decisions[name].format for name in names}) > 1:
+                self._check_stacks(decisions, sorted(names, key=natural_key), [rule.pattern for rule in rules])
+
+    def _check_stacks(self, decisions: Mapping[str, Decision], names: Sequence[str], patterns: list[Pattern]) -> None:
+        """The same of one block; experts that are counted apart may differ."""
         firsts: dict[tuple[object, ...], str] = {}
         unlike: set[tuple[object, ...]] = set()
-        for name, decision in sorted(decisions.items(), key=lambda item: natural_key(item[0])):
-            found = next(((match[0], p) for p in patterns if p.ids and (match := p.match(name))), None)
+        for name in names:
+            found = next((pattern for pattern in patterns if pattern.ids and pattern.match(name)), None)
             if found is None:
                 continue
-            group = (found[0], found[1].before, found[1].ids)
+            group = (found.before, found.ids)
             first = firsts.setdefault(group, name)
-            one, other = decisions[first].format, decision.format
+            one, other = decisions[first].format, decisions[name].format
             if group not in unlike and not _same(one, other):
                 unlike.add(group)
                 self.problems.append(

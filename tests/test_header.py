@@ -32,6 +32,7 @@ def source_with(folder: Path, content: bytes) -> Path:
 
 A = entry(0, 4, [4])
 TWICE = b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"a":{"dtype":"U8","shape":[4],"data_offsets":[4,8]}}'
+TWO_DTYPES = b'{"a":{"dtype":"U8","dtype":"I8","shape":[4],"data_offsets":[0,4]}}'
 LIES = [
     pytest.param({"a": A, "b": entry(2, 6, [4])}, 6, "'b' at data offset 2 overlaps", id="overlap"),
     pytest.param({"a": A, "b": A}, 4, "'b' at data offset 0 overlaps", id="two tensors in one place"),
@@ -68,7 +69,8 @@ LIES = [
     pytest.param({"a": A}, 9, "take 4 bytes and the file holds 9: bytes follow", id="bytes behind the last tensor"),
     pytest.param({}, 1, "take 0 bytes and the file holds 1", id="bytes without a tensor"),
     pytest.param(TWICE, 8, "the key 'a' stands there twice", id="tensor named twice"),
-    pytest.param(b'{"a":{"dtype":"U8","dtype":"I8"}}', 0, "the key 'dtype' stands there twice", id="two dtypes"),
+    pytest.param(TWO_DTYPES, 4, "the key 'dtype' stands there twice", id="two dtypes"),
+    pytest.param(b'{"__metadata__":{"a":"1","a":"2"}}', 0, "the key 'a' stands there twice", id="metadata twice"),
     pytest.param(b'[{"a": 1}]', 0, "does not begin with {", id="a list"),
     pytest.param(b' {"a": 1}', 0, "does not begin with {", id="space before the JSON"),
     pytest.param(b"{} {}", 0, "not JSON", id="two objects"),
