@@ -40,8 +40,8 @@ class _Entry(NamedTuple):
 def _entries() -> tuple[tuple[str, ...], tuple[_Entry, ...]]:
     path = shipped_folder() / "engines.yaml"
     root = {key.text(): value for key, value in read_yaml(path.read_text(encoding="utf-8"), str(path)).items()}
-    engines = tuple(f"{name.text()} {version.text()}" for name, version in root["engines"].items())
-    return engines, tuple(_entry(item) for item in root["entries"].sequence())
+    known = tuple(f"{name.text()} {version.text()}" for name, version in root["engines"].items())
+    return known, tuple(_entry(item) for item in root["entries"].sequence())
 
 
 def _entry(item: Yaml) -> _Entry:
@@ -59,6 +59,11 @@ def _entry(item: Yaml) -> _Entry:
         frozenset(values["formats"].texts() if "formats" in values else ()), frozenset(values["model_types"].texts()),
         values["when"].text() if "when" in values else "", values["reads"].text(), values["why"].text(),
     )  # fmt: skip
+
+
+def engines() -> tuple[str, ...]:
+    """Names of the engines that the table knows."""
+    return tuple(engine.split()[0] for engine in _entries()[0])
 
 
 def entries() -> tuple[_Entry, ...]:
@@ -86,14 +91,14 @@ def readings(
     """
     if forms and recipe.layout(layout) == "experts":
         return format_readings(config, forms, has_mixed=False)
-    engines, table = _entries()
+    known, table = _entries()
     model_type = model_type_of(config)
     wanted = {layout, recipe.layout(layout)} | {
         name for name in recipe.aliases if recipe.layout(name) == recipe.layout(layout)
     }
     has_square = any(len(shape) > 1 and shape[-1] == shape[-2] for shape in experts)
     result = []
-    for engine in engines:
+    for engine in known:
         fitting = [e for e in table if e.engine == engine.split()[0] and e.layout in wanted and set(forms) <= e.forms]
         fitting = [e for e in fitting if bool(e.forms) == bool(forms)]
         about = [e for e in fitting if model_type in e.model_types and (has_square or not e.when)]
@@ -110,10 +115,10 @@ def format_readings(config: Mapping[str, Any], formats: Collection[str], has_mix
         formats: their names.
         has_mixed: not all experts have the same.
     """
-    engines, table = _entries()
+    known, table = _entries()
     model_type = model_type_of(config)
     result = []
-    for engine in engines:
+    for engine in known:
         found = [
             next(
                 (

@@ -126,6 +126,17 @@ def with_forms(recipe: Recipe, source: Checkpoint) -> Recipe:
     )  # fmt: skip
 
 
+def movable_forms(recipe: Recipe) -> list[str]:
+    """The forms in which the experts of a recipe can be moved between the layouts `packed` and `experts`."""
+    wanted = {recipe.layout(name) for name in ("packed", "experts") if name in recipe.layouts}
+    experts = [component for component in recipe.components if _can_be_quantized(component, recipe)]
+    return [
+        form.name
+        for form in load_forms()
+        if experts and all(wanted <= set(_formed(component, form, group=1).rules) for component in experts)
+    ]
+
+
 def _names(component: Component) -> set[str]:
     return {str(rule.pattern) for rules in component.rules.values() for rule in rules}
 

@@ -16,7 +16,7 @@ from moeconv.yamldoc import Yaml, nearest, read_yaml
 
 _KEYS = ("about", "extends", "model_types", "config", "dims", "optional", "keep", "layouts")
 _OPS = ("concat", "interleave", "transpose")
-_TABLES = ("engines", "forms", "quantize")
+_TABLES = ("engines", "forms", "quantize", "unsupported")
 _DEFAULT_SCOPES = (".", "text_config")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from moeconv.checkpoint import Checkpoint
@@ -11,7 +12,8 @@ from moeconv.forms import with_forms
 from moeconv.layouts import Found, find_units, layout_lines
 from moeconv.manifest import recipe_of
 from moeconv.recipe import Recipe
-from moeconv.recipe_file import load_recipe, load_shipped
+from moeconv.recipe_file import load_recipe, load_shipped, shipped_folder
+from moeconv.yamldoc import read_yaml
 
 
 def select_recipe(source: Checkpoint, given: str | None = None, layout: str | None = None) -> Recipe:
@@ -41,6 +43,12 @@ def _select(source: Checkpoint, given: str | None, layout: str | None) -> Recipe
             return named[0]
         if named:
             return max(named, key=lambda recipe: _fit(find_units(source, recipe, _known(recipe, layout))))
+    for model_type in model_types(source.config):
+        if model_type in _unsupported():
+            raise PlanError(
+                f"{source.root}: experts of {model_type} cannot be packed: {_unsupported()[model_type]}",
+                "Load the folder as it is; moeconv has nothing to do with it.",
+            )
     found = {recipe.name: (recipe, find_units(source, recipe, _known(recipe, layout))) for recipe in load_shipped()}
     clean = {name: (recipe, units) for name, (recipe, units) in found.items() if _is_clean(units)}
     published = [name for name, (recipe, units) in clean.items() if _is_published(units, recipe)]
@@ -52,6 +60,15 @@ def _select(source: Checkpoint, given: str | None, layout: str | None) -> Recipe
         if fitting
         else "Write a recipe for it (`moeconv recipes show gate_up_down` is an example) and give it with --recipe.",
     )
+
+
+@cache
+def _unsupported() -> dict[str, str]:
+    """Why the experts of some families cannot be packed, by `model_type`: `recipes/unsupported.yaml`."""
+    path = shipped_folder() / "unsupported.yaml"
+    root = {key.text(): value for key, value in read_yaml(path.read_text(encoding="utf-8"), str(path)).items()}
+    entries = [{key.text(): value for key, value in item.items()} for item in root["families"].sequence()]
+    return {name: entry["why"].text() for entry in entries for name in entry["model_types"].texts()}
 
 
 def _is_published(found: Found, recipe: Recipe) -> bool:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
+
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from moeconv.checkpoint import open_checkpoint
 from moeconv.engines import entries
@@ -16,9 +21,10 @@ from moeconv.layouts import find_units
 from moeconv.plan import Options, Plan, plan
 from moeconv.recipe_file import load_shipped
 from moeconv.selection import select_recipe
-from tests.commands import succeeds
+from tests import folders
+from tests.commands import refused_source, succeeds
 from tests.families import NOT_BUILT, build, save_published
-from tests.folders import read_folder
+from tests.folders import read_folder, write_folder
 
 MODEL_TYPES = sorted({name for recipe in load_shipped() for name in recipe.model_types} - set(NOT_BUILT))
 
@@ -168,3 +174,44 @@ def test_every_model_type_that_the_engine_table_promises_is_tested_here() -> Non
     for entry in entries():
         if entry.engine == "transformers" and entry.reads == "yes":
             assert entry.model_types <= set(MODEL_TYPES)
+
+
+#: Folders of transformers whose experts have one layout only (`recipes/unsupported.yaml`).
+UNSUPPORTED = {"nllb_moe": "nllb-moe", "switch_transformers": "switch_transformers", "doge": "doge"}
+#: Model types with rules for experts that are never a checkpoint's own.
+PARTS = {"dots3_note_vision_encoder": "a part of dots3_note"}
+
+
+def test_every_family_of_transformers_with_experts_has_a_recipe() -> None:
+    known = {name for recipe in load_shipped() for name in recipe.model_types}
+    merging = {
+        model_type
+        for model_type in CONFIG_MAPPING_NAMES
+        for rule in get_checkpoint_conversion_mapping(model_type) or []
+        if isinstance(rule, WeightConverter) and "expert" in str([*rule.source_patterns, *rule.target_patterns])
+    }
+    assert len(merging) > 50
+    assert merging - known == set(PARTS)
+    packed = {}
+    for folder in (Path(transformers.__file__).parent / "models").iterdir():
+        if any("Experts(" in line for path in folder.glob("modeling_*.py") for line in _classes(path)):
+            texts = [path.read_text(encoding="utf-8") for path in folder.glob("configuration_*.py")]
+            packed[folder.name] = {name for text in texts for name in re.findall(r'\bmodel_type.* = "(.+)"', text)}
+    assert len(packed) > 50
+    assert {name for name, types in packed.items() if not types & known} == set(UNSUPPORTED) - {"doge"}
+
+
+def _classes(path: Path) -> list[str]:
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("class ")]
+
+
+@pytest.mark.parametrize("model_type", sorted(UNSUPPORTED.values()))
+def test_a_family_without_another_layout_is_told_so(model_type: str, tmp_path: Path) -> None:
+    config = {"model_type": model_type, "num_experts": 2}
+    tensors = {f"decoder.layers.0.ffn.experts.expert_{e}.fc1.weight": folders.tensor((8, 4), seed=e) for e in range(2)}
+    source = write_folder(tmp_path / "source", tensors, config)
+    for command in ("pack", "unpack", "quantize"):
+        options = ["--format", "fp8"] if command == "quantize" else []
+        message = refused_source(source, *options, command=command)
+        assert f"experts of {model_type} cannot be packed: " in message
+        assert "Load the folder as it is" in message

@@ -6,6 +6,7 @@ import pytest
 from moeconv.recipe_file import load_recipe, load_shipped, parse_recipe, recipe_text, shipped_names
 from tests.commands import refused, refused_source, succeeds
 from tests.folders import CONFIG, Tensor, experts_layout, pack_by_hand, read_folder, tensor, write_folder
+from tests.recipe_table import README, with_table
 
 GOOD = """\
 about: tiny
@@ -290,3 +291,8 @@ def test_parts_without_axes_cannot_be_joined(tmp_path: Path) -> None:
         '  packed:\n    "{block}.experts.scale [E]": {concat: [gate, up], axis: -1}\n'
     )
     assert "axis -1 does not exist in []" in refused("recipes", "check", path, within=tmp_path)
+
+
+def test_the_table_of_recipes_is_what_the_recipes_say() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert text == with_table(text), "python -m tests.recipe_table writes it"
