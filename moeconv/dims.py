@@ -70,6 +70,8 @@ class Dim:
                 return unknown.solve(size // value, known)
             if self.op == "/" and unknown is left:
                 return unknown.solve(size * value, known)
+            if self.op == "/" and size > 0 and value % size == 0:
+                return unknown.solve(value // size, known)
         return None
 
     def replace(self, sizes: Mapping[str, Dim]) -> Dim:

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from moeconv.engines import model_type_of
 from moeconv.files import Files
-from moeconv.layouts import Unit
 from moeconv.moves import Change
 from moeconv.names import collapse
 from moeconv.ops import Part
 from moeconv.plan import Plan, Value
 from moeconv.tensors import Spec
+from moeconv.units import Unit
 
 SCHEMA_VERSION = 1
 

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
-from moeconv.checkpoint import Checkpoint, StoredTensor
+from moeconv.checkpoint import Checkpoint
 from moeconv.dims import Dim, parse_dim, parse_shape
 from moeconv.encoded import weight_bits
 from moeconv.names import Pattern
 from moeconv.ops import Concat, Expression, Interleave, Part, parts_of
 from moeconv.recipe import Component, Recipe, Rule
 from moeconv.recipe_file import shipped_folder
+from moeconv.tensors import Shape
 from moeconv.yamldoc import nearest, read_yaml
 
 _KEYS = ("name", "about", "bits", "tensors", "packed", "optional")
@@ -86,37 +87,31 @@ def _tail(word: str) -> str:
 def with_forms(recipe: Recipe, source: Checkpoint) -> Recipe:
     """The recipe with the quantized forms that names of the checkpoint hint at; the same recipe where none do."""
     last_words = {name.rpartition(".")[2] for name in source.tensors}
-    before = source.manifest.get("forms")
     bits = {0, *weight_bits(source.config)}
     hinted = [
         form for form in load_forms() if _is_hinted(form, last_words) and (bits == {0} or form.bits in bits)
     ]  # fmt: skip
-    telling = tuple(end for form in hinted for end in form.ends[form.said])
-    examples = {  # one of each kind
-        (*name.rsplit(".", 2)[1:], tensor.spec.shape): name
-        for name, tensor in source.tensors.items()
-        if name.endswith(telling)
-    }
-    forms = [form for form in hinted if any(_is_example(form, name, source) for name in examples.values())]
-    # Of two that fit alike the first is taken: the one that the folder was made from.
+    forms = [form for form in hinted if any(_fits(form, shapes) for shapes in _kinds(form, source))]
+    # Of two that fit alike the first is taken: the one that the folder was made from, or that the family has.
+    before = source.manifest.get("forms")
+    forms.sort(key=lambda form: form.name not in recipe.forms)
     forms.sort(key=lambda form: not (isinstance(before, list) and form.name in before))
     if not forms:
         return recipe
     claims, ids, optional = dict(recipe.part_claims), dict(recipe.part_ids), set(recipe.optional)
     said = {name for component in recipe.components for name in _names(component)}
-    groups = {form.name: _group(form, source) for form in forms}
     components = []
     for component in recipe.components:
         made = []
         for form in forms if _can_be_quantized(component, recipe) else ():
-            other = _formed(component, form, groups[form.name])
+            other = _formed(component, form)
             if _names(other) & said - _names(component):
                 continue  # the recipe names these tensors itself
             made.append(other)
             for part in component.parts:
                 for word, shape in form.tensors.items():
                     own = _own(part, form, word)
-                    claims[own] = _part_claim(shape, recipe.part_claims[part], groups[form.name])
+                    claims[own] = _part_claim(shape, recipe.part_claims[part], _group_of(part, component))
                     ids[own] = recipe.part_ids[part]
                     if word in form.optional or part in recipe.optional:
                         optional.add(own)
@@ -133,7 +128,7 @@ def movable_forms(recipe: Recipe) -> list[str]:
     return [
         form.name
         for form in load_forms()
-        if experts and all(wanted <= set(_formed(component, form, group=1).rules) for component in experts)
+        if experts and all(wanted <= set(_formed(component, form).rules) for component in experts)
     ]
 
 
@@ -147,23 +142,28 @@ def _is_hinted(form: Form, last_words: Iterable[str]) -> bool:
     return all(any(last == word or last.endswith(form.tails[word]) for last in last_words) for word in words)
 
 
-def _is_example(form: Form, name: str, source: Checkpoint) -> bool:
-    """Whether the tensor and those beside it have the shapes of a matrix in that form, or of a stack of matrices."""
-    return any(
-        _fits(form, [source.tensors.get(name.removesuffix(said) + ends[number]) for ends in form.ends.values()])
-        for number, said in enumerate(form.ends[form.said])
-        if name.endswith(said)
-    )
+def _kinds(form: Form, source: Checkpoint) -> set[tuple[Shape | None, ...]]:
+    """The shapes that stand beside each other by the names of the form's tensors; None for one that is not there."""
+    kinds = set()
+    for number, said in enumerate(form.ends[form.said]):
+        ends = [pair[number] for pair in form.ends.values()]
+        for name in source.tensors:
+            if name.endswith(said):
+                stem = name.removesuffix(said)
+                found = [source.tensors.get(stem + end) for end in ends]
+                kinds.add(tuple([tensor and tensor.spec.shape for tensor in found]))
+    return kinds
 
 
-def _fits(form: Form, tensors: Sequence[StoredTensor | None]) -> bool:
+def _fits(form: Form, shapes: Sequence[Shape | None]) -> bool:
+    """Whether they are those of a matrix in that form, or of a stack of matrices."""
     sizes: dict[str, int] = {}
-    for tensor, (word, shape) in zip(tensors, form.tensors.items(), strict=True):
-        if tensor is None or len(tensor.spec.shape) < len(shape):
+    for stored, (word, shape) in zip(shapes, form.tensors.items(), strict=True):
+        if stored is None or len(stored) < len(shape):
             if word in form.optional:
                 continue
             return False
-        for dim, size in zip(shape, tensor.spec.shape[-2:], strict=False) if len(shape) == 2 else ():
+        for dim, size in zip(shape, stored[-2:], strict=False) if len(shape) == 2 else ():
             solved = dim.solve(size, sizes)
             sizes.update([solved] if solved else [])
             if dim.symbols() <= set(sizes) and dim.value(sizes) != size:
@@ -179,13 +179,13 @@ def _own(part: str, form: Form, word: str) -> str:
     return f"{part}.{form.name}.{word}"
 
 
-def _formed(component: Component, form: Form, group: int) -> Component:
+def _formed(component: Component, form: Form) -> Component:
     """The component with every matrix stored in a form; without the layouts that the form cannot have."""
     rules: dict[str, tuple[Rule, ...]] = {}
     for layout, own in component.rules.items():
         made = [
             Rule(
-                form.pattern(rule.pattern, word), _claim(rule, shape, group),
+                form.pattern(rule.pattern, word), _claim(rule, shape, component),
                 _renamed(rule.value, form, word), rule.pad, rule.where,
             )
             for rule in own
@@ -216,31 +216,27 @@ def _renamed(value: Expression, form: Form, word: str) -> Expression:
     return type(value)(_renamed(value.child, form, word))
 
 
-def _claim(rule: Rule, shape: tuple[Dim, ...], group: int) -> tuple[Dim, ...]:
+def _group_of(part: str, component: Component) -> Dim:
+    """The symbol for the columns of a group: one for all parts that some layout joins in one tensor."""
+    joined = {part}
+    rules = [set(parts_of(rule.value)) for rules in component.rules.values() for rule in rules]
+    for _ in rules:
+        joined.update(*(names for names in rules if names & joined))
+    symbol = f"G.{min(joined, key=component.parts.index)}"  # no recipe can write a dot
+    return Dim(symbol, "symbol", symbol=symbol)
+
+
+def _claim(rule: Rule, shape: tuple[Dim, ...], component: Component) -> tuple[Dim, ...]:
     """The shape of what a rule stores in a form: of a whole tensor, as its own claim is."""
-    count = len(parts_of(rule.value))
+    parts = parts_of(rule.value)
     *stacked, rows, columns = rule.claim
-    sizes = {"N": rows, "K": columns, "G": parse_dim(str(group))}
+    sizes = {"N": rows, "K": columns, "G": _group_of(parts[0], component)}
     claimed = [dim.replace(sizes) for dim in shape]
     if shape and "N" not in shape[0].symbols():  # one such number, or a few, for each matrix
-        claimed[0] = parse_dim(f"{count}*{claimed[0]}")
+        claimed[0] = parse_dim(f"{len(parts)}*{claimed[0]}")
     return (*stacked, *claimed)
 
 
-def _part_claim(shape: tuple[Dim, ...], claim: tuple[Dim, ...], group: int) -> tuple[Dim, ...]:
-    sizes = {"N": claim[0], "K": claim[1], "G": parse_dim(str(group))}
+def _part_claim(shape: tuple[Dim, ...], claim: tuple[Dim, ...], group: Dim) -> tuple[Dim, ...]:
+    sizes = {"N": claim[0], "K": claim[1], "G": group}
     return tuple(dim.replace(sizes) for dim in shape)
-
-
-def _group(form: Form, source: Checkpoint) -> int:
-    """Columns of a group, from the first expert that has codes and scales by those names; 1 where none has."""
-    codes, scales = "weight_packed", "weight_scale"
-    if not any("G" in dim.symbols() for shape in form.tensors.values() for dim in shape):
-        return 1
-    per_word = form.tensors[codes][1].args[1].number
-    for name, tensor in source.tensors.items():
-        for end, other in ((f".{codes}", f".{scales}"), (form.tails[codes], form.tails[scales])):
-            scale = source.tensors.get(name.removesuffix(end) + other) if name.endswith(end) else None
-            if scale is not None and ".experts." in name and scale.spec.shape and scale.spec.shape[-1]:
-                return max(1, tensor.spec.shape[-1] * per_word // scale.spec.shape[-1])
-    return 1

@@ -7,9 +7,10 @@ from typing import Any
 
 from moeconv.checkpoint import Checkpoint
 from moeconv.explain import count, size
-from moeconv.layouts import Unit, find_units
+from moeconv.layouts import find_units
 from moeconv.names import collapse
 from moeconv.recipe import Recipe
+from moeconv.units import Unit
 
 
 def inspect_json(source: Checkpoint, recipe: Recipe | None, layout: str | None = None) -> dict[str, Any]:

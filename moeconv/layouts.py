@@ -7,55 +7,20 @@ the way: ids, shapes, dtypes, sizes against config.json. What does not fit is re
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from moeconv.checkpoint import Checkpoint, StoredTensor
 from moeconv.dims import Dim
+from moeconv.encoded import quantization_config
 from moeconv.errors import Problem
-from moeconv.names import Pattern, gaps, natural_key, ranges, split_name, template_of
-from moeconv.ops import Expression, parts_of
+from moeconv.names import gaps, natural_key, ranges, split_name
+from moeconv.ops import parts_of
 from moeconv.recipe import LAYOUTS, Component, Recipe, Rule
+from moeconv.suspects import FULL_PRECISION, bare_codes, lost_experts, unknown_experts
 from moeconv.tensors import Shape
-
-Hits = dict[int, StoredTensor]
-
-
-class Unit(NamedTuple):
-    """One component of a recipe found in one block (layer) of a checkpoint.
-
-    Attributes:
-        component: what was found.
-        block: where, such as `model.layers.3`.
-        layout: how it is stored there.
-        sizes: value of every symbol.
-        part_shapes: shape of each part that is there.
-        hits: for each rule of the layout, the tensors by expert id as named in the file (0 without an id).
-    """
-
-    component: Component
-    block: str
-    layout: str
-    sizes: Mapping[str, int]
-    part_shapes: Mapping[str, Shape]
-    hits: tuple[tuple[Rule, Hits], ...]
-
-    def tensors(self) -> list[StoredTensor]:
-        """All tensors of the unit."""
-        return [tensor for _, hits in self.hits for tensor in hits.values()]
-
-    @property
-    def parts(self) -> list[str]:
-        """Names of the parts that are there, as the recipe has them; of a quantized matrix that of the matrix."""
-        stored = [part for rule, _ in self.hits for part in parts_of(rule.value)]
-        return list(dict.fromkeys(part.partition(".")[0] if self.component.form else part for part in stored))
-
-
-def layout_lines(component: Component, layout: str) -> set[tuple[Pattern, tuple[Dim, ...], Expression]]:
-    """What a layout says of a component; layouts that say the same are one."""
-    return {(rule.pattern, rule.claim, rule.value) for rule in component.rules.get(layout, ())}
+from moeconv.units import Hits, Unit, layout_lines
 
 
 class Found(NamedTuple):
@@ -121,7 +86,10 @@ def find_units(checkpoint: Checkpoint, recipe: Recipe, forced: str | None = None
     used = {tensor.spec.name for unit in search.units for tensor in unit.tensors()}
     rest = [tensor for name, tensor in checkpoint.tensors.items() if name not in used]
     if not search.problems:
-        search.problems += _unknown_experts(search.units, rest, recipe)
+        search.problems += unknown_experts(search.units, rest, recipe, search.method)
+        search.problems += lost_experts(search.units, rest, recipe)
+        if search.method:
+            search.problems += bare_codes(search.units, recipe)
     return Found(tuple(search.units), tuple(rest), tuple(search.problems))
 
 
@@ -141,6 +109,9 @@ class _Search:
         self.checkpoint = checkpoint
         self.recipe = recipe
         self.forced = forced
+        #: How config.json says that the model is quantized; empty where it says nothing.
+        quantization = quantization_config(checkpoint.config)
+        self.method = str(quantization.get("quant_method", "unnamed")) if quantization else ""
         self._allowed: dict[str, dict[str, frozenset[int]]] = {}
         #: Components and their forms, each with the number of the component that it is or is a form of.
         self.components = [
@@ -357,7 +328,14 @@ class _Trial:
             hits = self.hits.get(number)
             ids = rule.pattern.ids
             if hits is None:
-                if not self._is_optional(number):
+                plain = self._plain(rule)
+                if plain is not None and not self._is_optional(number):
+                    self._problem(
+                        f"{plain.spec} is in full precision, and other matrices of these experts are quantized (form "
+                        f"{self.component.form})",
+                        "What moves together must be stored alike: dequantize the checkpoint first.",
+                    )
+                elif not self._is_optional(number):
                     self._problem(
                         f"{rule.pattern.fill('…', 0) if ids is None else _shown(rule)} is missing",
                         "Download the shard that should hold it again, or check that the recipe is the right one.",
@@ -380,6 +358,16 @@ class _Trial:
                     f"{_shown(rule)} has the experts {ranges(extra)} beyond the last, {stop - 1}",
                     "Check the number of experts in config.json against the files.",
                 )
+
+    def _plain(self, rule: Rule) -> StoredTensor | None:
+        """A matrix in full precision whose scales or the like `rule` names in vain."""
+        part = parts_of(rule.value)[0].partition(".")[0]
+        for number, hits in self.hits.items() if self.component.form else ():
+            tensor = next(iter(hits.values()))
+            own = parts_of(self.rules[number].value)[0]
+            if own.partition(".")[0] == part and own.endswith(".weight") and tensor.spec.dtype in FULL_PRECISION:
+                return tensor
+        return None
 
     def _shares_names(self, rule: Rule) -> bool:
         """Another component counts its experts in the same names, from another id on."""
@@ -409,7 +397,9 @@ class _Trial:
                 self._problem(
                     f"{odd[0].name} has the shape {list(odd[0].shape)}{more}; "
                     f"recipe {self.search.recipe.name} claims {claim}",
-                    "The tensor is damaged or stored with exchanged axes; restore it, or give the right --recipe.",
+                    "The tensor is damaged or stored with exchanged axes; restore it, or give the right --recipe."
+                    if not self.search.method
+                    else f"The model is quantized ({self.search.method}): the tensor is damaged, or its form is not known.",
                 )
             dtypes = Counter(tensor.spec.dtype for tensor in hits.values())
             if len(dtypes) > 1:
@@ -439,45 +429,3 @@ def _shown(rule: Rule) -> str:
 
 def _usual_shape(hits: Hits) -> Shape:
     return Counter(tensor.spec.shape for tensor in hits.values()).most_common(1)[0][0]
-
-
-def _unknown_experts(units: Sequence[Unit], rest: Sequence[StoredTensor], recipe: Recipe) -> list[Problem]:
-    """Tensors that look like experts and match no rule: copying them as they are would be wrong silently.
-
-    That is what stands below `.experts.ID.`, whatever has more than two axes below `.experts.`, and scales, biases
-    and the like that are named after a tensor which moves.
-    """
-    stems = {
-        tensor.spec.name.removesuffix(".weight")
-        for unit in units
-        for rule, hits in unit.hits
-        if any(part in recipe.part_ids for part in parts_of(rule.value))
-        for tensor in hits.values()
-    }
-    odd: dict[str, list[StoredTensor]] = {}
-    for tensor in rest:
-        name = tensor.spec.name
-        is_expert = _EXPERT.search(name) or (".experts." in name and len(tensor.spec.shape) > 2)
-        if is_expert or (_COMPANION.search(name) and any(name[:end] in stems for end in _ends(name))):
-            odd.setdefault(template_of(name), []).append(tensor)
-    return [
-        Problem(
-            f"{tensors[0].spec} looks like an expert's ({len(tensors):,} tensors of that kind); "
-            f"recipe {recipe.name} does not say where it goes",
-            "Give a --recipe that covers it (`moeconv recipes list`), or write one: moeconv does not guess.",
-        )
-        for tensors in odd.values()
-    ]
-
-
-_EXPERT = re.compile(r"\.experts\.\d+\.")
-#: What quantizers and layers hang behind the name of a weight.
-_COMPANION = re.compile(
-    r"[._](?:\w*scales?(?:_inv|_2)?|\w*zeros?|\w*zero_points?|\w*bias|absmax|\w*quant_\w+|g_idx|\w*shape"
-    r"|\w*packed|\w*blocks|\w*amax)$"
-)
-
-
-def _ends(name: str) -> Iterator[int]:
-    """Where a stem of `name` may end: before a dot or an underscore."""
-    return (at for at in range(1, len(name)) if name[at] in "._")

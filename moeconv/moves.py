@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 from moeconv.checkpoint import StoredTensor
 from moeconv.errors import Problem
-from moeconv.layouts import Hits, Unit
 from moeconv.ops import ShapeError, parts_of, place
 from moeconv.recipe import Recipe, Rule, stored_shape
 from moeconv.tensors import Shape, Spec, View
+from moeconv.units import Hits, Unit
 
 
 class Move(NamedTuple):
@@ -168,7 +168,7 @@ def _stack(rule: Rule, unit: Unit, recipe: Recipe) -> _Stack:
     claimed = [dim.value(unit.sizes) for dim in rule.claim]
     if unit.component.form and claimed != list(shape):
         raise ShapeError(
-            f"{rule.pattern} would need {list(shape)} where {claimed} is due: "
+            f"{rule.pattern.fill(unit.block, 0)} would need {list(shape)} where {claimed} is due: "
             f"blocks of {unit.component.form} would lie partly in one matrix and partly in the next"
         )
     return _Stack(rule, first, count, pad, block, views, shape)

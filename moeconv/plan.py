@@ -20,13 +20,14 @@ from moeconv.engines import Reading, readings
 from moeconv.errors import PlanError, Problem, UsageError
 from moeconv.formats import Format, StoredPart
 from moeconv.header import build_header, entry_nbytes, head_nbytes, in_file_order
-from moeconv.layouts import Unit, find_units, layout_lines
+from moeconv.layouts import find_units
 from moeconv.moves import Change, Fill, change, copy_of
 from moeconv.names import natural_key
 from moeconv.recipe import Recipe
 from moeconv.scheme import Scheme
 from moeconv.steps import Rearrange, Step, Task, needs_whole_bytes, steps_of, tasks_of
 from moeconv.tensors import Spec
+from moeconv.units import Unit, layout_lines
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 #: Bytes that one worker holds while it copies.

@@ -20,7 +20,7 @@ from moeconv.encoded import decoded_view
 from moeconv.engines import format_readings
 from moeconv.errors import PlanError, Problem
 from moeconv.formats import FLOATS, Format, StoredPart
-from moeconv.layouts import Unit, find_units
+from moeconv.layouts import find_units
 from moeconv.moves import Change, Fill, change, copy_of
 from moeconv.names import Pattern, collapse, natural_key
 from moeconv.plan import (
@@ -37,6 +37,7 @@ from moeconv.recipe import Recipe
 from moeconv.scheme import Decider, Decision, Scheme
 from moeconv.steps import Content, Decode, Part, Step, Transcode, rearrangement, steps_of, tasks_of
 from moeconv.tensors import Shape, Spec
+from moeconv.units import Unit
 
 WEIGHT = ".weight"
 

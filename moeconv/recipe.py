@@ -72,6 +72,7 @@ class Recipe(NamedTuple):
         scopes: where in config.json sizes are looked up; "." is the top.
         dims: for each symbol, the config.json keys that may hold it, first that exists.
         optional: parts that a checkpoint may lack.
+        forms: how the families publish quantized experts (`forms.yaml`), where names and shapes allow several forms.
         keep: modules that are not quantized by default, beside those that no recipe has quantized.
         aliases: layouts that are another layout, such as hub -> experts.
         components: see `Component`.
@@ -86,6 +87,7 @@ class Recipe(NamedTuple):
     scopes: tuple[str, ...]
     dims: Mapping[str, tuple[str, ...]]
     optional: frozenset[str]
+    forms: tuple[str, ...]
     keep: tuple[str, ...]
     aliases: Mapping[str, str]
     components: tuple[Component, ...]

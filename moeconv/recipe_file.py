@@ -14,7 +14,7 @@ from moeconv.recipe import LAYOUTS, Component, Recipe, Rule, stored_shape
 from moeconv.tensors import Shape
 from moeconv.yamldoc import Yaml, nearest, read_yaml
 
-_KEYS = ("about", "extends", "model_types", "config", "dims", "optional", "keep", "layouts")
+_KEYS = ("about", "extends", "model_types", "config", "dims", "optional", "forms", "keep", "layouts")
 _OPS = ("concat", "interleave", "transpose")
 _TABLES = ("engines", "forms", "quantize", "unsupported")
 _DEFAULT_SCOPES = (".", "text_config")
@@ -96,6 +96,7 @@ class _Reader:
         self.scopes: tuple[str, ...] = _DEFAULT_SCOPES
         self.dims: dict[str, tuple[str, ...]] = {}
         self.optional: tuple[str, ...] = ()
+        self.forms: tuple[str, ...] = ()
         self.keep: tuple[str, ...] = ()
         self.aliases: dict[str, str] = {}
         self.rules: dict[str, list[Rule]] = {}
@@ -128,6 +129,8 @@ class _Reader:
                 self.dims[symbol.text()] = tuple(keys.texts())
         if "optional" in entries:
             self.optional = tuple(entries["optional"][1].texts())
+        if "forms" in entries:
+            self.forms = tuple(entries["forms"][1].texts())
         if "keep" in entries:
             self.keep += tuple(entries["keep"][1].texts())
         if "layouts" in entries:
@@ -145,7 +148,8 @@ class _Reader:
         base = _Reader(name, str(path), (*self.extended_by, self.name))
         base.collect(path.read_text(encoding="utf-8"))
         self.base = base
-        self.scopes, self.dims, self.optional, self.keep = base.scopes, base.dims, base.optional, base.keep
+        self.scopes, self.dims, self.optional = base.scopes, base.dims, base.optional
+        self.forms, self.keep = base.forms, base.keep
         self.aliases, self.rules = base.aliases, base.rules
 
     def _layout(self, key: Yaml, value: Yaml) -> None:
@@ -174,8 +178,8 @@ class _Reader:
         claims, ids = self._parts(root)
         components = self._components(root)
         recipe = Recipe(
-            self.name, self.about, self.model_types, self.scopes, self.dims, frozenset(self.optional), self.keep,
-            self.aliases, components, claims, ids, self.text if self.base is None else _rendered(self),
+            self.name, self.about, self.model_types, self.scopes, self.dims, frozenset(self.optional), self.forms,
+            self.keep, self.aliases, components, claims, ids, self.text if self.base is None else _rendered(self),
         )  # fmt: skip
         for part in self.optional:
             if part not in claims:
@@ -315,6 +319,7 @@ def _rendered(reader: _Reader) -> str:
     lines.append("dims:")
     lines += [f"  {symbol}: {_listed(keys)}" for symbol, keys in reader.dims.items()]
     lines.append(f"optional: {_listed(reader.optional)}")
+    lines.append(f"forms: {_listed(reader.forms)}")
     lines.append(f"keep: {_listed(reader.keep)}")
     lines.append("layouts:")
     for layout, rules in reader.rules.items():

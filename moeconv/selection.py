@@ -9,10 +9,11 @@ from typing import Any
 from moeconv.checkpoint import Checkpoint
 from moeconv.errors import PlanError
 from moeconv.forms import with_forms
-from moeconv.layouts import Found, find_units, layout_lines
+from moeconv.layouts import Found, find_units
 from moeconv.manifest import recipe_of
 from moeconv.recipe import Recipe
 from moeconv.recipe_file import load_recipe, load_shipped, shipped_folder
+from moeconv.units import layout_lines
 from moeconv.yamldoc import read_yaml
 
 

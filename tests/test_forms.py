@@ -146,6 +146,7 @@ def stored(form: str, rows: int, columns: int) -> dict[str, tuple[str, tuple[int
             "weight_scale_2": ("F32", ()), "input_scale": ("F32", ()),
         },
         "per_tensor": {"weight": ("F8_E4M3", (rows, columns)), "weight_scale": ("F32", ())},
+        "channel int8": {"weight": ("I8", (rows, columns)), "weight_scale": ("BF16", (rows, 1))},
     }[form]  # fmt: skip
 
 
@@ -240,6 +241,55 @@ def test_packed_codes_without_scales_are_refused(tmp_path: Path) -> None:
     assert "down_proj" in message
 
 
+QUANTIZED = {**CONFIG, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+
+
+@pytest.mark.parametrize("form", ["fp8", "int4", "nvfp4", "channel int8"])
+@pytest.mark.parametrize("lost", [".layers.1.", ".layers."], ids=["of one layer", "of all layers"])
+def test_codes_that_lost_all_their_scales_are_refused(tmp_path: Path, form: str, lost: str) -> None:
+    tensors = {name: item for name, item in experts(form, layers=2).items() if "scale" not in name or lost not in name}
+    source = write_folder(tmp_path / "source", tensors, QUANTIZED, 1)
+    for command in ("pack", "unpack"):
+        message = refused(command, source, tmp_path / "made", within=tmp_path)
+        assert "there are no scales beside it" in message or "what belongs to it may be missing" in message
+        assert "model.layers." in message
+
+
+def test_numbers_of_eight_bits_of_a_model_that_is_not_quantized_move(tmp_path: Path) -> None:
+    tensors = {name: item for name, item in experts("fp8").items() if "scale" not in name}
+    source = write_folder(tmp_path / "source", tensors, CONFIG, 1)
+    succeeds("pack", source, tmp_path / "packed")
+    succeeds("unpack", tmp_path / "packed", tmp_path / "back")
+    assert read_folder(tmp_path / "back") == tensors
+
+
+@pytest.mark.parametrize("size", [1, 64], ids=["a row", "another size"])
+def test_layers_and_matrices_may_have_groups_of_their_own(tmp_path: Path, size: int) -> None:
+    """Groups of 32 in layer 0; in layer 1 one group for a row (K columns, which differ), or groups of 64."""
+    tensors = experts("int4", layers=2)
+    for name, item in list(tensors.items()):
+        if ".layers.1." in name and name.endswith("weight_scale"):
+            groups = 1 if size == 1 else item.shape[1] // 2
+            tensors[name] = tensor((item.shape[0], groups), "BF16", seed=name)
+    source = write_folder(tmp_path / "source", tensors, CONFIG, 1)
+    succeeds("pack", source, tmp_path / "packed")
+    succeeds("unpack", tmp_path / "packed", tmp_path / "back")
+    assert read_folder(tmp_path / "back") == tensors
+
+
+def test_matrices_of_a_layer_in_two_forms_are_named(tmp_path: Path) -> None:
+    tensors, plain = experts("fp8"), experts("bf16")
+    for name in [name for name in tensors if "down_proj" in name]:
+        del tensors[name]
+    tensors.update((name, item) for name, item in plain.items() if "down_proj" in name)
+    source = write_folder(tmp_path / "source", tensors, QUANTIZED, 1)
+    message = refused("pack", source, tmp_path / "packed", within=tmp_path)
+    assert (
+        "model.layers.0: model.layers.0.mlp.experts.0.down_proj.weight BF16 [128, 256] is in full precision" in message
+    )
+    assert "other matrices of these experts are quantized (form fp8)" in message
+
+
 def test_names_at_other_places_follow_the_recipe(tmp_path: Path) -> None:
     """DeepSeek-V4: published as ffn.experts.N.w1 with `.scale`, packed as transformers holds its FP8 experts."""
     tensors: Tensors = {}
@@ -258,6 +308,21 @@ def test_names_at_other_places_follow_the_recipe(tmp_path: Path) -> None:
         "layers.3.mlp.experts.down_proj": ("I8", (E, H, I // 2)),
         "layers.3.mlp.experts.down_proj_scale_inv": ("F8_E8M0", (E, H, I // 32)),
     }
+    succeeds("unpack", tmp_path / "packed", tmp_path / "back")
+    assert read_folder(tmp_path / "back") == tensors
+
+
+def test_the_published_names_are_those_of_the_family(tmp_path: Path) -> None:
+    """A packed folder without a manifest: both `fp8` and `fp8_scale` fit, and DeepSeek-V4 has the latter."""
+    tensors = {}
+    for expert in range(E):
+        for part, (rows, columns) in {"w1": (I, H), "w3": (I, H), "w2": (H, I)}.items():
+            for word, (dtype, shape) in stored("fp8_scale", rows, columns).items():
+                name = f"layers.3.ffn.experts.{expert}.{part}.{word}"
+                tensors[name] = tensor(shape, dtype, seed=name)
+    config = {"model_type": "deepseek_v4", "n_routed_experts": E, "moe_intermediate_size": I, "hidden_size": H}
+    succeeds("pack", write_folder(tmp_path / "source", tensors, config, 1), tmp_path / "packed")
+    (tmp_path / "packed" / "moeconv.json").unlink()
     succeeds("unpack", tmp_path / "packed", tmp_path / "back")
     assert read_folder(tmp_path / "back") == tensors
 

@@ -412,3 +412,22 @@ def test_elements_of_half_a_byte_are_never_cut_in_two(tmp_path: Path) -> None:
     config = {**CONFIG, "num_experts": 2, "moe_intermediate_size": 3, "hidden_size": 3}
     source = write_folder(tmp_path / "source", tensors, config)
     assert "its elements are smaller than a byte" in refused_source(source, "--layout", "packed", command="unpack")
+
+
+@pytest.mark.parametrize("gone", ["all", "half"])
+def test_a_layer_that_lost_its_experts_is_named(tmp_path: Path, gone: str) -> None:
+    tensors = experts_layout(layers=3)
+    tensors.update((f"model.layers.{n}.mlp.gate.weight", tensor((4, 10), seed=n)) for n in range(3))
+    for name in list(tensors):
+        if ".layers.1.mlp.experts." in name and (gone == "all" or ".experts.3." in name):
+            del tensors[name]
+    message = refused_source(write_folder(tmp_path / "source", tensors, CONFIG))
+    assert "model.layers.1" in message
+    assert ("has a router (mlp.gate.weight) and no experts" in message) == (gone == "all")
+
+
+def test_a_dense_layer_has_lost_nothing(tmp_path: Path) -> None:
+    tensors = experts_layout(layers=2)
+    tensors.update((f"model.layers.{n}.mlp.gate.weight", tensor((4, 10), seed=n)) for n in range(2))
+    tensors.update((f"model.layers.2.mlp.{part}_proj.weight", tensor((6, 10))) for part in ("gate", "up"))
+    succeeds("pack", write_folder(tmp_path / "source", tensors, CONFIG), tmp_path / "packed")

@@ -1,0 +1,50 @@
+"""What is found in a checkpoint: a component of a recipe, in one block, in one layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from moeconv.checkpoint import StoredTensor
+from moeconv.dims import Dim
+from moeconv.names import Pattern
+from moeconv.ops import Expression, parts_of
+from moeconv.recipe import Component, Rule
+from moeconv.tensors import Shape
+
+Hits = dict[int, StoredTensor]
+
+
+class Unit(NamedTuple):
+    """One component of a recipe found in one block (layer) of a checkpoint.
+
+    Attributes:
+        component: what was found.
+        block: where, such as `model.layers.3`.
+        layout: how it is stored there.
+        sizes: value of every symbol.
+        part_shapes: shape of each part that is there.
+        hits: for each rule of the layout, the tensors by expert id as named in the file (0 without an id).
+    """
+
+    component: Component
+    block: str
+    layout: str
+    sizes: Mapping[str, int]
+    part_shapes: Mapping[str, Shape]
+    hits: tuple[tuple[Rule, Hits], ...]
+
+    def tensors(self) -> list[StoredTensor]:
+        """All tensors of the unit."""
+        return [tensor for _, hits in self.hits for tensor in hits.values()]
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the parts that are there, as the recipe has them; of a quantized matrix that of the matrix."""
+        stored = [part for rule, _ in self.hits for part in parts_of(rule.value)]
+        return list(dict.fromkeys(part.partition(".")[0] if self.component.form else part for part in stored))
+
+
+def layout_lines(component: Component, layout: str) -> set[tuple[Pattern, tuple[Dim, ...], Expression]]:
+    """What a layout says of a component; layouts that say the same are one."""
+    return {(rule.pattern, rule.claim, rule.value) for rule in component.rules.get(layout, ())}
