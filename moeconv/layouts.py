@@ -399,7 +399,7 @@ class _Trial:
                     f"recipe {self.search.recipe.name} claims {claim}",
                     "The tensor is damaged or stored with exchanged axes; restore it, or give the right --recipe."
                     if not self.search.method
-                    else f"The model is quantized ({self.search.method}): the tensor is damaged, or its form is not known.",
+                    else f"The model is quantized ({self.search.method}): damaged, or in a form that is not known.",
                 )
             dtypes = Counter(tensor.spec.dtype for tensor in hits.values())
             if len(dtypes) > 1:
