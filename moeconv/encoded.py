@@ -12,7 +12,7 @@ from typing import Any
 
 from moeconv.checkpoint import Checkpoint, Encoded, StoredTensor
 from moeconv.errors import Problem
-from moeconv.formats import FLOATS, BlockFp8, ChannelFp8, ChannelInt8, FineGrainedFp8, Format, PackedInt
+from moeconv.formats import FLOATS, BlockFp8, ChannelFp8, ChannelInt8, FineGrainedFp8, Format, PackedInt, StoredPart
 from moeconv.tensors import Shape, Spec
 
 #: Names of dtypes in config.json.
@@ -149,6 +149,8 @@ def _packed_format(specs: Mapping[str, Spec], schemes: Sequence[Mapping[str, Any
     fitting = []
     for group in schemes:
         bits, size = group.get("num_bits"), group.get("group_size")
+        if group.get("strategy") == "channel" and bits in (4, 8):
+            size = packed.shape[1] * 32 // bits
         if bits not in (4, 8) or not isinstance(size, int) or size < 1 or group.get("type") != "int":
             continue
         made = PackedInt(bits, "weight_zero_point" not in specs, size)
@@ -156,13 +158,17 @@ def _packed_format(specs: Mapping[str, Spec], schemes: Sequence[Mapping[str, Any
         if group.get("actorder") in ("group", "dynamic"):
             return "its columns are in order of activation, which cannot be read"
         if made.refusal(shape, scale.dtype) is None and all(
-            part.suffix not in specs or (part.dtype, part.shape) == (specs[part.suffix].dtype, specs[part.suffix].shape)
-            for part in made.parts(shape, scale.dtype)
+            part.suffix not in specs or _is_part(specs[part.suffix], part) for part in made.parts(shape, scale.dtype)
         ):
             fitting.append((shape, made))
     if not fitting:
         return f"{packed} and its scale {scale} fit no group of quantization_config"
     return fitting[0]
+
+
+def _is_part(spec: Spec, part: StoredPart) -> bool:
+    dtypes = ("I64", "I32") if part.suffix == "weight_shape" else (part.dtype,)
+    return spec.dtype in dtypes and spec.shape == part.shape
 
 
 def _schemes(quantization: Mapping[str, Any], module: str) -> list[Mapping[str, Any]]:

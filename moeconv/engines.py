@@ -11,9 +11,10 @@ from moeconv.recipe_file import shipped_folder
 from moeconv.tensors import Shape
 from moeconv.yamldoc import Yaml, nearest, read_yaml
 
-#: What `when` can say: a matrix of an expert is square, so that no shape tells its axes apart; or not all experts have
-#: the same format.
-_WHEN = ("square experts", "mixed experts")
+#: What `when` can say: a matrix of an expert is square, so that no shape tells its axes apart; experts have several
+#: formats; some are quantized and some are not.
+MIXED, KEPT = "mixed experts", "kept experts"
+_WHEN = ("square experts", MIXED, KEPT)
 _KEYS = ("engine", "layout", "forms", "formats", "model_types", "when", "reads", "why")
 
 
@@ -90,7 +91,7 @@ def readings(
         forms: how quantized experts are stored; engines read them one by one as the format of that name.
     """
     if forms and recipe.layout(layout) == "experts":
-        return format_readings(config, forms, has_mixed=False)
+        return format_readings(config, forms)
     known, table = _entries()
     model_type = model_type_of(config)
     wanted = {layout, recipe.layout(layout)} | {
@@ -107,13 +108,15 @@ def readings(
     return tuple(result)
 
 
-def format_readings(config: Mapping[str, Any], formats: Collection[str], has_mixed: bool) -> tuple[Reading, ...]:
+def format_readings(
+    config: Mapping[str, Any], formats: Collection[str], conditions: Collection[str] = ()
+) -> tuple[Reading, ...]:
     """What each known engine makes of a family's checkpoint quantized in these formats: the worst of them.
 
     Args:
         config: config.json.
         formats: their names.
-        has_mixed: not all experts have the same.
+        conditions: `MIXED` or `KEPT`, where experts are so.
     """
     known, table = _entries()
     model_type = model_type_of(config)
@@ -132,7 +135,7 @@ def format_readings(config: Mapping[str, Any], formats: Collection[str], has_mix
                 Reading(engine, "unknown", "not tried"),
             )
             for name in formats
-            for when in ("", "mixed experts")[: 1 + has_mixed]
+            for when in ("", *conditions)
         ]
         result.append(min(found, key=lambda reading: ("no", "unknown", "yes").index(reading.reads)))
     return tuple(result)

@@ -14,10 +14,10 @@ from math import lcm
 from typing import Any
 
 from moeconv.budget import transcoding_memory
-from moeconv.checkpoint import Checkpoint, Encoded
+from moeconv.checkpoint import Checkpoint, Encoded, LeftOut
 from moeconv.config_json import Group, groups_of, rewritten
 from moeconv.encoded import decoded_view
-from moeconv.engines import format_readings
+from moeconv.engines import KEPT, MIXED, format_readings
 from moeconv.errors import PlanError, Problem
 from moeconv.formats import FLOATS, Format, StoredPart
 from moeconv.layouts import find_units
@@ -40,6 +40,7 @@ from moeconv.tensors import Shape, Spec
 from moeconv.units import Unit
 
 WEIGHT = ".weight"
+_STACK = "several matrices in one tensor, which the recipe does not name"
 
 
 def plan_quantize(source: Checkpoint, recipe: Recipe, scheme: Scheme, options: Options | None = None) -> Plan:
@@ -83,7 +84,7 @@ class _Planner:
         self.options = options
         self.problems: list[Problem] = []
         self.quantizes = scheme.default is not None or any(rule.format for rule in scheme.rules)
-        self.source = decoded_view(source, self.problems, scheme.dtype)
+        self.source = _without_stale_files(decoded_view(source, self.problems, scheme.dtype))
         layers = source.config_values(".", "num_hidden_layers") or source.config_values(
             "text_config", "num_hidden_layers"
         )
@@ -106,11 +107,12 @@ class _Planner:
         self.problems += found.problems
         changes, kept, expert_fills = self._experts(found.units)
         fills = [*expert_fills, *(copy_of(tensor) for unit in kept for tensor in unit.tensors())]
-        experts = {fill.target.name for fill in fills}
+        stacks = [(unit, [tensor.spec.name for tensor in unit.tensors()]) for unit in kept]
+        stacks += [(made.unit, [spec.name for spec in made.targets]) for made in changes]
+        stacks = [(unit, names) for unit, names in stacks if set(unit.component.parts) & set(self.recipe.part_ids)]
+        experts = {name for _, names in stacks for name in names}
         fills += [copy_of(tensor) for tensor in found.rest]
-        stacks = [(unit.block, [tensor.spec.name for tensor in unit.tensors()]) for unit in kept]
-        stacks += [(made.unit.block, [spec.name for spec in made.targets]) for made in changes]
-        values = self._values(fills, experts, stacks)
+        values = self._values(fills, experts, [(unit.block, names) for unit, names in stacks])
         groups = groups_of((_module(value.fill.target), value.format) for value in values if value.format)
         self._check(values, groups, experts, bool(found.units))
         if self.problems:
@@ -123,12 +125,12 @@ class _Planner:
         config = self._config(values, groups)
         layout = "experts" if changes or not self.quantizes else self._layout(kept)
         formats = sorted({group.format.name for group in groups})
-        of_experts = groups_of(
-            (v.fill.target.name, v.format) for v in values if v.format and v.fill.target.name in experts
-        )
-        readers = format_readings(self.stored.config, formats, len(of_experts) > 1) if formats else ()
+        of_experts = [v for v in values if v.fill.target.name in experts and _is_matrix(v.fill.target)]
+        is_mixed = len(groups_of((v.fill.target.name, v.format) for v in of_experts if v.format)) > 1
+        conditions = [MIXED] * is_mixed + [KEPT] * any(v.format is None for v in of_experts)
+        readers = format_readings(self.stored.config, formats, conditions) if formats else ()
         names = len(self.stored.tensors) + sum(len(file.specs) for file in files)
-        warnings = [*source_warnings(self.stored, changes), *self._warnings(values), *reader_warnings(readers)]
+        warnings = [*source_warnings(self.source, changes), *self._warnings(values), *reader_warnings(readers)]
         return Plan(
             self.source, self.recipe, layout, self.options, tuple(changes), tuple(kept), found.rest, files, index,
             tasks, transcoding_memory(steps, names * NAME_BYTES, len(tasks), self.options), readers,
@@ -175,7 +177,8 @@ class _Planner:
     def _decide(self, fill: Fill, is_expert: bool) -> Decision:
         spec = fill.target
         if not _is_matrix(spec):
-            return Decision(None, "no matrix of full precision")
+            is_stack = spec.dtype in FLOATS and len(spec.shape) == 3 and self.decider.kept(_module(spec)) is None
+            return Decision(None, _STACK if is_stack else "no matrix of full precision")
         decision = self.decider.decide(_module(spec), is_expert=is_expert)
         if decision.format is None:
             return decision
@@ -368,12 +371,27 @@ class _Planner:
         ]
         if unknown:
             lines.append(f"kept because they are not known as linear layers: {', '.join(collapse(unknown)[:6])}")
+        stacks = [value.fill.target.name for value in values if value.why == _STACK]
+        if stacks:
+            lines.append(f"kept because the recipe does not know these stacks: {', '.join(collapse(stacks)[:6])}")
         return lines
 
     def _config(self, values: Sequence[Value], groups: Sequence[Group]) -> bytes | None:
         kept = [_module(v.fill.target) for v in values if v.format is None and _is_layer(v.fill.target)]
         is_cast = any(value.source or self._dtype(value.fill) != value.fill.target.dtype for value in values)
         return rewritten(self.stored.config, groups, kept, self.scheme.dtype if is_cast else None)
+
+
+#: Files beside config.json that say how the source is quantized, which its result is not any more.
+_STALE = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "recipe.yaml")
+
+
+def _without_stale_files(source: Checkpoint) -> Checkpoint:
+    stale = [file for file in source.sidecars if file.path in _STALE]
+    left_out = [LeftOut(file.path, file.nbytes, "says how the source was quantized") for file in stale]
+    return source._replace(
+        sidecars=tuple(file for file in source.sidecars if file not in stale), left_out=(*source.left_out, *left_out)
+    )
 
 
 def _is_layer(spec: Spec) -> bool:

@@ -262,14 +262,16 @@ class Decider:
                     return Decision(rule.format, what, True)
         if not self._is_wanted(module):
             return Decision(None, "not named by --only", True)
+        if is_expert:
+            return Decision(scheme.default, "expert")
         layer = _LAYER.search(module)
         if layer and self._layers is not None and int(layer[1]) >= self._layers:
             return Decision(None, f"layer {layer[1]} is beyond the model's {self._layers} (it predicts further tokens)")
-        kept = self._keep.first(module)
+        kept = self.kept(module)
         if kept is not None:
             return Decision(None, f"kept by default: {kept}")
-        if is_expert or module.rsplit(".", 1)[-1] in self._linear:
-            return Decision(scheme.default, "expert" if is_expert else "linear layer")
+        if module.rsplit(".", 1)[-1] in self._linear:
+            return Decision(scheme.default, "linear layer")
         return Decision(None, "not known as a linear layer that engines quantize")
 
     def _is_wanted(self, module: str) -> bool:
@@ -279,13 +281,14 @@ class Decider:
         self._used.update(fits)
         return bool(fits)
 
+    def kept(self, module: str) -> str | None:
+        """The pattern by which a module that is no expert is kept by default."""
+        return self._keep.first(module)
+
     def partners(self, module: str) -> list[str]:
         """Modules that engines fuse with this one, itself included."""
         head, _, last = module.rpartition(".")
-        for group in self._together:
-            if last in group:
-                return [f"{head}.{name}" for name in group]
-        return [module]
+        return [f"{head}.{name}" for group in self._together if last in group for name in group]
 
     def unused(self) -> list[Problem]:
         """Rules and patterns that named no matrix."""

@@ -138,6 +138,30 @@ def test_transformers_reads_a_format_as_the_table_says(
     assert reads == answer(tmp_path / "made", wanted)
 
 
+KEPT = sorted(
+    (model_type, name, entry.reads)
+    for entry in entries()
+    if entry.engine == "transformers" and entry.when == "kept experts"
+    for model_type in entry.model_types
+    for name in entry.formats
+)
+
+
+@pytest.mark.parametrize(("model_type", "name", "reads"), KEPT)
+def test_transformers_reads_a_layer_with_kept_experts_as_the_table_says(
+    sources: dict[str, Path], tmp_path: Path, model_type: str, name: str, reads: str
+) -> None:
+    ignored = ["--ignore", "*.layers.1.*.experts.*"]
+    plan = json.loads(succeeds("plan", "quantize", sources[model_type], "--format", name, *ignored, "--json").out)
+    assert plan["engines"][0]["reads"] == reads
+    succeeds("quantize", sources[model_type], tmp_path / "made", "--format", name, *ignored, "--no-fsync")
+    config = config_of(tmp_path / "made")
+    del config["quantization_config"]
+    plain = save(tmp_path / "plain", {k: rounded(k, v) for k, v in decoded(tmp_path / "made").items()}, config)
+    wanted = dict(transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16).named_parameters())
+    assert answer(tmp_path / "made", wanted).startswith(reads)
+
+
 def rounded(key: str, item: torch.Tensor) -> torch.Tensor:
     """As the model holds it: all but the routers' corrections in BF16."""
     return item if "correction" in key else item.to(torch.bfloat16)
@@ -470,6 +494,23 @@ def test_float32_is_rounded_first_where_asked(
     for key in other:
         if ".weight_" in key:
             assert torch.equal(one[key], other[key]), key
+
+
+@pytest.mark.parametrize("command", ["dequantize", "quantize"])
+def test_files_that_say_how_the_source_was_quantized_stay_behind(
+    sources: dict[str, Path], tmp_path: Path, command: str
+) -> None:
+    succeeds("quantize", sources["qwen3_moe"], tmp_path / "source", "--format", "fp8")
+    for name in ("hf_quant_config.json", "generation_config.json", "recipe.yaml"):
+        (tmp_path / "source" / name).write_text("{}")
+    result = succeeds(
+        command, tmp_path / "source", tmp_path / "made", *(["--format", "w4a16"] * (command == "quantize"))
+    )
+    assert "left out: hf_quant_config.json (2 bytes): says how the source was quantized" in result.err
+    assert not (tmp_path / "made" / "hf_quant_config.json").exists()
+    assert not (tmp_path / "made" / "recipe.yaml").exists()
+    assert (tmp_path / "made" / "generation_config.json").exists()
+    succeeds("verify", tmp_path / "made", "--against", tmp_path / "source")
 
 
 def test_the_plan_tells_what_becomes_of_everything(sources: dict[str, Path]) -> None:
