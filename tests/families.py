@@ -76,6 +76,8 @@ NOT_BUILT = {
     "inkling_mm_model": "needs scipy; inkling_text is tested",
     "nemo_speechlm": "its speech encoder has no small form",
     "qwen3_omni_moe": "a pipeline of models; qwen3_omni_moe_thinker is tested",
+    "ernie4_5_moe_vl": "an older name of ernie4_5_vl_moe",
+    "qwen3_omni_moe_talker_text": "a part of qwen3_omni_moe_talker",
     "qwen3_omni_moe_text": "a part of qwen3_omni_moe_thinker",
     "qwen3_omni_moe_talker": "a part of qwen3_omni_moe",
     "diffusion_gemma_text": "a part of diffusion_gemma",

@@ -22,9 +22,15 @@ def write(folder: Path, name: str) -> Path:
     config, tensors = FLAGSHIPS[name]
     folder = folder / name
     folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return write_headers(folder, list(tensors()))
+
+
+def write_headers(folder: Path, entries: list[Entry]) -> Path:
+    """Write weight files and an index for tensors, without data."""
     shards: list[list[Entry]] = [[]]
     size = 0
-    for entry in tensors():
+    for entry in entries:
         nbytes = _nbytes(entry)
         if shards[-1] and size + nbytes > SHARD_BYTES:
             shards.append([])
@@ -44,9 +50,8 @@ def write(folder: Path, name: str) -> Path:
         text = json.dumps(header).encode()
         (folder / file).write_bytes(len(text).to_bytes(8, "little") + text)
         os.truncate(folder / file, 8 + len(text) + at)
-    index = {"metadata": {"total_size": sum(_nbytes(entry) for entry in tensors())}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": sum(map(_nbytes, entries))}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
