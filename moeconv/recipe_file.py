@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from moeconv.dims import Dim, DimSyntaxError, parse_dim, parse_shape
-from moeconv.errors import RecipeError
+from moeconv.errors import Problem, RecipeError
 from moeconv.names import Pattern, PatternError
 from moeconv.ops import Concat, Expression, Interleave, Part, ShapeError, Transpose, parts_of
 from moeconv.recipe import LAYOUTS, Component, Recipe, Rule, stored_shape
@@ -16,6 +16,8 @@ from moeconv.yamldoc import Yaml, nearest, read_yaml
 
 _KEYS = ("about", "extends", "model_types", "config", "dims", "optional", "forms", "keep", "layouts")
 _OPS = ("concat", "interleave", "transpose")
+#: Stands in a proposed recipe wherever headers do not tell, until a person has written what it is.
+UNDECIDED = "DECIDE"
 _TABLES = ("engines", "forms", "quantize", "unsupported")
 _DEFAULT_SCOPES = (".", "text_config")
 
@@ -106,6 +108,7 @@ class _Reader:
     def collect(self, text: str) -> Yaml:
         self.text = text
         root = read_yaml(text, self.source)
+        _refuse_undecided(root)
         entries = {key.text(): (key, value) for key, value in root.items()}
         for word, (key, _) in entries.items():
             if word not in _KEYS:
@@ -241,6 +244,14 @@ class _Reader:
         )
 
 
+def _refuse_undecided(root: Yaml) -> None:
+    """A recipe in which something is left to decide is none."""
+    undecided = [node for node in root.scalars() if node.text() == UNDECIDED]
+    if undecided:
+        remedy = f"Write in place of {UNDECIDED} what the model's code says; comments above the line give the choices."
+        raise RecipeError.of([Problem(f"{node.where}: not decided yet", remedy) for node in undecided])
+
+
 def _with_same_block(groups: list[set[str]], rules: Mapping[str, Iterable[Rule]]) -> list[set[str]]:
     """Join groups of expert parts that share the place of their expert hole: gate+up and down are one family.
 
@@ -314,7 +325,7 @@ def _expression(value: Yaml, *, is_top: bool = False) -> Expression:
 
 def _rendered(reader: _Reader) -> str:
     """A file that says what the reader collected, without `extends`."""
-    lines = [f"about: {_quoted(reader.about)}", f"model_types: {_listed(reader.model_types)}"]
+    lines = [f"about: {quoted(reader.about)}", f"model_types: {_listed(reader.model_types)}"]
     lines.append(f"config: {_listed(reader.scopes)}")
     lines.append("dims:")
     lines += [f"  {symbol}: {_listed(keys)}" for symbol, keys in reader.dims.items()]
@@ -328,22 +339,28 @@ def _rendered(reader: _Reader) -> str:
             value = _worded(rule.value)
             if rule.pad is not None:
                 value = f"{value[:-1]}, pad: {rule.pad}}}"
-            lines.append(f"    {_quoted(f'{rule.pattern} [{chr(44).join(map(str, rule.claim))}]')}: {value}")
+            lines.append(f"    {quoted(f'{rule.pattern} [{chr(44).join(map(str, rule.claim))}]')}: {value}")
     lines += [f"  {layout}: {target}" for layout, target in reader.aliases.items()]
     return "\n".join(lines) + "\n"
 
 
 def _listed(words: Iterable[str]) -> str:
-    return f"[{', '.join(map(_quoted, words))}]"
+    return f"[{', '.join(map(quoted, words))}]"
 
 
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+def quoted(text: str) -> str:
+    """Text as YAML, whatever stands in it."""
+    return '"' + printable(text.replace("\\", "\\\\").replace('"', '\\"')) + '"'
+
+
+def printable(text: str) -> str:
+    """Text on one line: what cannot be seen is written as YAML escapes it."""
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
 
 
 def _worded(value: Expression) -> str:
     if isinstance(value, Part):
-        return _quoted(value.name)
+        return quoted(value.name)
     if isinstance(value, Transpose):
         return f"{{transpose: {_worded(value.child)}}}"
     word = "concat" if isinstance(value, Concat) else "interleave"

@@ -63,6 +63,18 @@ class Yaml(NamedTuple):
             seen.add(key.text())
             yield key, Yaml(value_node, self.source)
 
+    def scalars(self) -> Iterator[Yaml]:
+        """Every scalar in and below this node, keys included."""
+        pending = [self.node]
+        while pending:
+            node = pending.pop()
+            if isinstance(node, yaml.ScalarNode):
+                yield Yaml(node, self.source)
+            elif isinstance(node, yaml.MappingNode):
+                pending += [inner for pair in reversed(node.value) for inner in reversed(pair)]
+            else:
+                pending += reversed(node.value)
+
     def sequence(self) -> list[Yaml]:
         """Items of a list."""
         if not isinstance(self.node, yaml.SequenceNode):
