@@ -7,7 +7,7 @@ to the components of a recipe; everything else treats them as it treats any comp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -91,7 +91,7 @@ def with_forms(recipe: Recipe, source: Checkpoint) -> Recipe:
     hinted = [
         form for form in load_forms() if _is_hinted(form, last_words) and (bits == {0} or form.bits in bits)
     ]  # fmt: skip
-    forms = [form for form in hinted if any(_fits(form, shapes) for shapes in _kinds(form, source))]
+    forms = [form for form in hinted if any(_solved(form, shapes) is not None for shapes in _kinds(form, source))]
     # Of two that fit alike the first is taken: the one that the folder was made from, or that the family has.
     before = source.manifest.get("forms")
     forms.sort(key=lambda form: form.name not in recipe.forms)
@@ -155,20 +155,54 @@ def _kinds(form: Form, source: Checkpoint) -> set[tuple[Shape | None, ...]]:
     return kinds
 
 
-def _fits(form: Form, shapes: Sequence[Shape | None]) -> bool:
-    """Whether they are those of a matrix in that form, or of a stack of matrices."""
+def _solved(form: Form, shapes: Sequence[Shape | None]) -> dict[str, int] | None:
+    """N and K of a matrix whose tensors in that form, or stacks of them, have these shapes; None where none has."""
     sizes: dict[str, int] = {}
     for stored, (word, shape) in zip(shapes, form.tensors.items(), strict=True):
         if stored is None or len(stored) < len(shape):
             if word in form.optional:
                 continue
-            return False
+            return None
         for dim, size in zip(shape, stored[-2:], strict=False) if len(shape) == 2 else ():
             solved = dim.solve(size, sizes)
             sizes.update([solved] if solved else [])
             if dim.symbols() <= set(sizes) and dim.value(sizes) != size:
-                return False
-    return True
+                return None
+    return sizes
+
+
+def full_precision(shapes: Mapping[str, Shape], likely: Collection[int] = ()) -> dict[str, Shape]:
+    """Names and shapes of tensors as a recipe describes them, every quantized matrix as one tensor.
+
+    Args:
+        shapes: the stored tensors.
+        likely: sizes of the model, to tell apart forms of the same names.
+    """
+    result = dict(shapes)
+    telling = tuple({end for form in load_forms() for end in form.ends[form.said]})
+    for name in (name for name in shapes if name.endswith(telling)):
+        readings = [reading for form in load_forms() for reading in _matrices(form, name, shapes)]
+        if readings:
+            matrix, shape, parts = max(readings, key=lambda r: (len(r[2]), len(set(r[1][-2:]) & set(likely))))
+            for part in parts:
+                result.pop(part, None)
+            result[matrix] = shape
+    return result
+
+
+def _matrices(form: Form, name: str, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Shape, list[str]]]:
+    """Name and shape of the matrix that a form would make of a tensor and those beside it, and their names."""
+    for number, said in enumerate(form.ends[form.said]):
+        stem = name.removesuffix(said)
+        parts = [stem + ends[number] for ends in form.ends.values()]
+        sizes = _solved(form, [shapes.get(part) for part in parts]) if stem != name else None
+        if sizes:
+            stacked = max((shapes[part] for part in parts if part in shapes), key=len)[:-2]
+            yield (
+                stem + (f".{_WEIGHT}", "")[number],
+                (*stacked, sizes["N"], sizes["K"]),
+                [part for part in parts if part in shapes],
+            )
 
 
 def _can_be_quantized(component: Component, recipe: Recipe) -> bool:

@@ -9,7 +9,7 @@ no regular expressions in recipes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -45,6 +45,11 @@ def split_name(name: str) -> tuple[str, tuple[int, ...]]:
 def template_of(name: str) -> str:
     """The first of what `split_name` gives."""
     return split_name(name)[0]
+
+
+def holes(name: str) -> Iterator[tuple[str, int, str]]:
+    """Each canonical integer between dots, with what stands before it and behind it."""
+    return ((name[: found.start()], int(found[0]), name[found.end() :]) for found in _INTEGER.finditer(name))
 
 
 NaturalKey = tuple[tuple[tuple[int, int, str], ...], ...]
