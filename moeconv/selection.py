@@ -11,6 +11,7 @@ from moeconv.errors import PlanError
 from moeconv.forms import with_forms
 from moeconv.layouts import Found, find_units
 from moeconv.manifest import recipe_of
+from moeconv.names import holes, template_of
 from moeconv.recipe import Recipe
 from moeconv.recipe_file import load_recipe, load_shipped, shipped_folder
 from moeconv.units import layout_lines
@@ -50,16 +51,13 @@ def _select(source: Checkpoint, given: str | None, layout: str | None) -> Recipe
                 f"{source.root}: experts of {model_type} cannot be packed: {_unsupported()[model_type]}",
                 "Load the folder as it is; moeconv has nothing to do with it.",
             )
-    found = {recipe.name: (recipe, find_units(source, recipe, _known(recipe, layout))) for recipe in load_shipped()}
-    clean = {name: (recipe, units) for name, (recipe, units) in found.items() if _is_clean(units)}
-    published = [name for name, (recipe, units) in clean.items() if _is_published(units, recipe)]
-    fitting = published or list(clean)
+    names = fitting(sample_of(source), source, layout=layout)
     types = ", ".join(model_types(source.config)) or "nothing"
     raise PlanError(
         f"no recipe is for the model_type of {source.root} (config.json says {types})",
-        f"Names and shapes fit {' and '.join(fitting)}: if the model computes like that, add --recipe NAME."
-        if fitting
-        else "Write a recipe for it (`moeconv recipes show gate_up_down` is an example) and give it with --recipe.",
+        f"Names and shapes fit {' and '.join(names)}: if the model computes like that, add --recipe NAME."
+        if names
+        else f"Write a recipe for it (`moeconv recipes new {source.root}` proposes one) and give it with --recipe.",
     )
 
 
@@ -70,6 +68,42 @@ def _unsupported() -> dict[str, str]:
     root = {key.text(): value for key, value in read_yaml(path.read_text(encoding="utf-8"), str(path)).items()}
     entries = [{key.text(): value for key, value in item.items()} for item in root["families"].sequence()]
     return {name: entry["why"].text() for entry in entries for name in entry["model_types"].texts()}
+
+
+def fitting(*held: Checkpoint, layout: str | None = None) -> list[str]:
+    """Names of the shipped recipes that names and shapes fit, of those published like that where there are any.
+
+    Args:
+        held: the checkpoint; before it, what rules most recipes out in less time, such as a sample.
+        layout: `--layout`.
+    """
+    clean: dict[str, tuple[Recipe, Found]] = {}
+    for recipe in load_shipped():
+        for source in held:
+            formed = with_forms(recipe, source)
+            found = find_units(source, formed, _known(recipe, layout))
+            if not _is_clean(found):
+                break
+        else:
+            clean[recipe.name] = formed, found
+    published = [name for name, (recipe, found) in clean.items() if _is_published(found, recipe)]
+    return published or list(clean)
+
+
+def sample_of(source: Checkpoint) -> Checkpoint:
+    """The checkpoint with one block of each kind: those behind the first number of names that hold the same tensors."""
+    blocks: dict[tuple[str, int], list[tuple[str, str]]] = {}
+    kept: set[str] = set()
+    for name in source.tensors:
+        before, number, tail = next(holes(name), (name, 0, ""))
+        blocks.setdefault((before, number), []).append((name, tail))
+    kinds: set[tuple[str, int, frozenset[str]]] = set()
+    for (before, _), names in blocks.items():
+        kind = before, len(names), frozenset(template_of(tail) for _, tail in names)
+        if kind not in kinds:
+            kinds.add(kind)
+            kept.update(name for name, _ in names)
+    return source._replace(tensors={name: tensor for name, tensor in source.tensors.items() if name in kept})
 
 
 def _is_published(found: Found, recipe: Recipe) -> bool:
