@@ -66,7 +66,9 @@ app = typer.Typer(
 plan_app = typer.Typer(
     cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Show what a command would do, from headers alone."
 )
-recipes_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None, help="List, show and check recipes.")
+recipes_app = typer.Typer(
+    cls=Group, no_args_is_help=True, rich_markup_mode=None, help="List, show, propose and check recipes."
+)
 app.add_typer(plan_app, name="plan")
 app.add_typer(recipes_app, name="recipes")
 
@@ -435,12 +437,8 @@ def recipes_list(as_json: JsonOption = False) -> None:
 
     recipes = load_shipped()
     if as_json:
-        _print_json(
-            {
-                "schema_version": 1,
-                "recipes": [{"name": r.name, "about": r.about, "model_types": list(r.model_types)} for r in recipes],
-            }
-        )
+        listed = [{"name": r.name, "about": r.about, "model_types": list(r.model_types)} for r in recipes]
+        _print_json({"schema_version": 1, "recipes": listed})
         return
     for recipe in recipes:
         print(f"{recipe.name}\n    {recipe.about}\n    for {', '.join(recipe.model_types)}")
@@ -452,6 +450,15 @@ def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME", help="Recip
     from moeconv.recipe_file import recipe_text
 
     print(recipe_text(name)[0], end="")
+
+
+@recipes_app.command("new", cls=Command)
+def recipes_new(source: Source) -> None:
+    """Propose a recipe for an unknown checkpoint from its headers; DECIDE stands where they do not tell."""
+    from moeconv.checkpoint import open_checkpoint
+    from moeconv.propose import propose
+
+    print(propose(open_checkpoint(source)), end="")
 
 
 @recipes_app.command("check", cls=Command)

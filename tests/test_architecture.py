@@ -19,7 +19,8 @@ ORDER = [
     "header", "formats.format", "formats.strips", "formats.rows", "formats.fp8", "formats.integers", "formats",
     "checkpoint", "encoded", "config_json", "forms", "units", "suspects", "layouts", "moves", "steps", "engines",
     "scheme", "plan", "budget", "quantize", "explain", "manifest", "selection", "transcoder", "worker", "pool",
-    "writer", "executor", "verify", "inspect", "progress", "options", "process", "cli", "__main__",
+    "writer", "executor", "verify", "inspect", "discover", "drafts", "propose", "progress", "options", "process",
+    "cli", "__main__",
 ]  # fmt: skip
 
 
