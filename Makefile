@@ -10,7 +10,7 @@ VLLM_VENV ?= .venv-vllm
 LLMCOMPRESSOR_VENV ?= .venv-llmcompressor
 BENCH_DIR ?= build/bench
 
-.PHONY: demo install test check lint type fmt test-vllm test-loss loss bench bench-memory bench-llmcompressor golden
+.PHONY: demo install test check lint type fmt test-vllm test-loss loss bench bench-memory bench-plans bench-llmcompressor golden
 .PHONY: clean
 
 demo: $(INSTALLED)
@@ -65,6 +65,9 @@ loss: $(INSTALLED_FOR_TESTS)
 # Writes 5 GB and as much again for each output, in BENCH_DIR; takes about five minutes.
 bench: $(INSTALLED)
 	$(BIN)/python tests/bench/speed.py $(BENCH_DIR)
+
+bench-plans: $(INSTALLED)
+	$(BIN)/python tests/bench/plans.py $(BENCH_DIR)
 
 bench-memory: $(INSTALLED)
 	$(BIN)/python tests/bench/memory.py $(BENCH_DIR)

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 from moeconv.errors import CheckpointError, Problem
 from moeconv.files import Files, FileStat
-from moeconv.formats import Format
+from moeconv.formats import Decoder
 from moeconv.header import HeaderError, header_length, header_problem, parse_header, read_json
-from moeconv.tensors import Spec
+from moeconv.tensors import Spec, View
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -46,19 +46,29 @@ _ESCAPED_BYTE = re.compile(rb"(?<!\\ud[89ab][0-9a-f]{2})\\udc[89a-f][0-9a-f]")
 class StoredTensor(NamedTuple):
     """A tensor and where its bytes lie: `offset` in file number `file` of the checkpoint.
 
-    A matrix that is stored quantized has no place of its own; `encoded` says where its parts are.
+    A matrix that is stored quantized has no place of its own; `encoded` says where its parts are. Of a piece of a
+    tensor, `inside` says which, and `offset` is that of the whole tensor.
     """
 
     spec: Spec
     file: int
     offset: int
     encoded: Encoded | None = None
+    inside: Inside | None = None
+
+
+class Inside(NamedTuple):
+    """Where a piece lies in a stored tensor: as `view` in the block whose first element is number `at`."""
+
+    whole: Spec
+    at: int
+    view: View
 
 
 class Encoded(NamedTuple):
     """A matrix as a quantized checkpoint holds it: its format, and the stored tensors by suffix."""
 
-    format: Format
+    format: Decoder
     parts: Mapping[str, StoredTensor]
 
 

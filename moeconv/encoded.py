@@ -12,7 +12,17 @@ from typing import Any
 
 from moeconv.checkpoint import Checkpoint, Encoded, StoredTensor
 from moeconv.errors import Problem
-from moeconv.formats import FLOATS, BlockFp8, ChannelFp8, ChannelInt8, FineGrainedFp8, Format, PackedInt, StoredPart
+from moeconv.formats import (
+    FLOATS,
+    BlockFp8,
+    ChannelFp8,
+    ChannelInt8,
+    Decoder,
+    FineGrainedFp8,
+    GptOssMxfp4,
+    PackedInt,
+    StoredPart,
+)
 from moeconv.tensors import Shape, Spec
 
 #: Names of dtypes in config.json.
@@ -51,7 +61,7 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
     tensors = dict(source.tensors)
     quantization = quantization_config(source.config)
     method = str(quantization.get("quant_method", ""))
-    if method not in ("", "fp8", "compressed-tensors"):
+    if method not in ("", "fp8", "compressed-tensors", "mxfp4"):
         problems.append(
             Problem(
                 f"{source.root} is quantized as {method!r}, which cannot be decoded yet",
@@ -60,7 +70,7 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
         )
         return source
     usual = model_dtype(source.config)
-    known: dict[object, tuple[Shape, Format]] = {}  # by all that decides; a model has few kinds
+    known: dict[object, tuple[Shape, Decoder]] = {}  # by all that decides; a model has few kinds
     last_words = {name.rpartition(".")[2] for name in source.tensors}
     suffixes = [suffix for suffix in _SUFFIXES if suffix in last_words]
     for module in _modules(source.tensors):
@@ -85,36 +95,33 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
         tensors[spec.name] = StoredTensor(spec, first.file, first.offset, Encoded(made, parts))
     for tensor in tensors.values():
         if tensor.encoded is None and tensor.spec.dtype.startswith("F8") and len(tensor.spec.shape) > 1:
-            is_stack = len(tensor.spec.shape) > 2
             problems.append(
                 Problem(
-                    f"{tensor.spec} holds the codes of several matrices"
-                    if is_stack
-                    else f"{tensor.spec} has no scales that are known here",
-                    "Store the experts one by one first: moeconv unpack."
-                    if is_stack
-                    else "Start from the checkpoint in full precision.",
+                    f"{tensor.spec} has no scales that are known here",
+                    "Start from the checkpoint in full precision.",
                 )
             )
     return source._replace(tensors=tensors)
 
 
 _SUFFIXES = ("weight", "weight_packed", "weight_scale_inv", "weight_scale", "weight_zero_point", "weight_shape",
-             "input_scale")  # fmt: skip
+             "input_scale", "weight_blocks", "weight_scales")  # fmt: skip
 
 
 def _modules(tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
     for name in tensors:
-        for suffix in (".weight_scale_inv", ".weight_scale"):
+        for suffix in (".weight_scale_inv", ".weight_scale", ".weight_scales"):
             if name.endswith(suffix):
                 yield name.removesuffix(suffix)
 
 
 def _format_of(
     parts: Mapping[str, StoredTensor], quantization: Mapping[str, Any], schemes: Sequence[Mapping[str, Any]]
-) -> tuple[Shape, Format] | str:
+) -> tuple[Shape, Decoder] | str:
     """Shape and format of a quantized matrix, or why it cannot be read."""
     specs = {suffix: tensor.spec for suffix, tensor in parts.items()}
+    if "weight_scales" in specs:
+        return _blocks_format(specs)
     scale = specs.get("weight_scale_inv") or specs["weight_scale"]
     if "input_scale" in specs:
         return "it has a static scale for activations, which no target keeps"
@@ -142,7 +149,19 @@ def _format_of(
     return f"its scale {scale} does not belong to {weight}"
 
 
-def _packed_format(specs: Mapping[str, Spec], schemes: Sequence[Mapping[str, Any]]) -> tuple[Shape, Format] | str:
+def _blocks_format(specs: Mapping[str, Spec]) -> tuple[Shape, Decoder] | str:
+    codes, scales = specs.get("weight_blocks"), specs["weight_scales"]
+    shape = (scales.shape[0], 32 * scales.shape[-1]) if len(scales.shape) == 2 else ()
+    if codes is None or not shape:
+        return f"its scales {scales} are of no known form"
+    made = GptOssMxfp4()
+    wanted = [(part.dtype, part.shape) for part in made.parts(shape, "BF16")]
+    if [spec[1:] for spec in (codes, scales)] != wanted:
+        return f"{codes} and {scales} do not belong to a matrix in MXFP4"
+    return shape, made
+
+
+def _packed_format(specs: Mapping[str, Spec], schemes: Sequence[Mapping[str, Any]]) -> tuple[Shape, Decoder] | str:
     packed, scale = specs["weight_packed"], specs["weight_scale"]
     if packed.dtype != "I32" or len(packed.shape) != 2 or scale.dtype not in FLOATS:
         return f"{packed} is of no known form"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moeconv.checkpoint import StoredTensor
 from moeconv.engines import model_type_of
 from moeconv.files import Files
 from moeconv.moves import Change
@@ -70,10 +71,7 @@ def _valued(plan: Plan) -> list[Group]:
     groups = []
     for (what, why), values in alike.items():
         sources = {move.source.spec.name: move.source for value in values for move in value.fill.moves}
-        stored = [
-            (name, [part.spec for part in tensor.encoded.parts.values()] if tensor.encoded else [tensor.spec])
-            for name, tensor in sources.items()
-        ]
+        stored = _stored(sources)
         made = [(value.fill.target.name, [spec for spec, _ in value.parts]) for value in values]
         groups.append(
             Group(
@@ -83,13 +81,30 @@ def _valued(plan: Plan) -> list[Group]:
                 tuple(_collapsed(made)),
                 sum(len(specs) for _, specs in stored),
                 sum(len(specs) for _, specs in made),
-                sum(spec.nbytes for _, specs in stored for spec in specs),
+                sum(
+                    part.spec.nbytes
+                    for tensor in sources.values()
+                    for part in (tensor.encoded.parts.values() if tensor.encoded else (tensor,))
+                ),
                 sum(spec.nbytes for _, specs in made for spec in specs),
                 str(made[0][1][0]),
             )
         )
     order = {"copied": 2, "decoded": 1}
     return sorted(groups, key=lambda group: (order.get(group.what, 0), -group.nbytes_out))
+
+
+def _stored(sources: Mapping[str, StoredTensor]) -> list[tuple[str, list[Spec]]]:
+    """For each matrix the tensors that hold it; tensors that hold several matrices once, by their own names."""
+    stored = []
+    wholes: dict[str, Spec] = {}
+    for name, tensor in sources.items():
+        parts = list(tensor.encoded.parts.values()) if tensor.encoded else [tensor]
+        own = [part.spec for part in parts if part.inside is None]
+        wholes.update((part.inside.whole.name, part.inside.whole) for part in parts if part.inside is not None)
+        if own:
+            stored.append((name, own))
+    return stored + [(name, [spec]) for name, spec in wholes.items()]
 
 
 def _collapsed(matrices: Iterable[tuple[str, Sequence[Spec]]]) -> list[str]:

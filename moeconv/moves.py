@@ -203,7 +203,10 @@ def _fills(
 
 
 def copy_of(tensor: StoredTensor) -> Fill:
-    """The fill that copies a tensor as it is."""
+    """The fill that copies a tensor, or a piece of one, as it is."""
+    if tensor.inside is not None:
+        route = Route.between(tensor.inside.view, View.whole(tensor.spec.shape))
+        return Fill(tensor.spec, 0, tensor.spec.shape, (Move(tensor, tensor.inside.at, route),))
     return Fill(tensor.spec, 0, tensor.spec.shape, (Move(tensor, 0, _whole(tensor.spec.shape)),))
 
 

@@ -10,16 +10,16 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from math import lcm
+from math import lcm, prod
 from typing import Any
 
 from moeconv.budget import transcoding_memory
-from moeconv.checkpoint import Checkpoint, Encoded, LeftOut
+from moeconv.checkpoint import Checkpoint, Encoded, LeftOut, StoredTensor
 from moeconv.config_json import Group, groups_of, rewritten
 from moeconv.encoded import decoded_view
 from moeconv.engines import KEPT, MIXED, format_readings
 from moeconv.errors import PlanError, Problem
-from moeconv.formats import FLOATS, Format, StoredPart
+from moeconv.formats import FLOATS, Decoder, Format, StoredPart
 from moeconv.layouts import find_units
 from moeconv.moves import Change, Fill, change, copy_of
 from moeconv.names import Pattern, collapse, natural_key
@@ -34,10 +34,12 @@ from moeconv.plan import (
     source_warnings,
 )
 from moeconv.recipe import Recipe
+from moeconv.recipe_file import load_recipe
 from moeconv.scheme import Decider, Decision, Scheme
 from moeconv.steps import Content, Decode, Part, Step, Transcode, rearrangement, steps_of, tasks_of
-from moeconv.tensors import Shape, Spec
+from moeconv.tensors import DTYPE_BITS, Shape, Spec
 from moeconv.units import Unit
+from moeconv.unpacked import unpacked_view
 
 WEIGHT = ".weight"
 _STACK = "several matrices in one tensor, which the recipe does not name"
@@ -83,8 +85,12 @@ class _Planner:
         self.scheme = scheme
         self.options = options
         self.problems: list[Problem] = []
+        self.refused: dict[str, list[str]] = {}
         self.quantizes = scheme.default is not None or any(rule.format for rule in scheme.rules)
-        self.source = _without_stale_files(decoded_view(source, self.problems, scheme.dtype))
+        view = unpacked_view(source, recipe, self.problems, self.options.layout)
+        self.source = _without_stale_files(decoded_view(view, self.problems, scheme.dtype))
+        if recipe.decoded and view is not source:
+            self.recipe = load_recipe(recipe.decoded)
         layers = source.config_values(".", "num_hidden_layers") or source.config_values(
             "text_config", "num_hidden_layers"
         )
@@ -94,14 +100,10 @@ class _Planner:
         found = find_units(self.source, self.recipe, self.options.layout)
         for unit in found.units:
             if unit.component.form:
-                is_stack = any(rule.pattern.ids is None for rule, _ in unit.hits)
                 self.problems.append(
                     Problem(
-                        f"{unit.block}: experts quantized in the form {unit.component.form} cannot be decoded"
-                        + (" where several are in one tensor" if is_stack else " yet"),
-                        "Store them one by one first: moeconv unpack."
-                        if is_stack
-                        else "Start from the checkpoint in full precision.",
+                        f"{unit.block}: experts quantized in the form {unit.component.form} cannot be decoded yet",
+                        "Start from the checkpoint in full precision.",
                     )
                 )
         self.problems += found.problems
@@ -170,12 +172,19 @@ class _Planner:
         decisions: dict[str, Decision] = {}
         for fill in fills:
             decisions[fill.target.name] = self._decide(fill, fill.target.name in experts)
+        self.problems += [
+            Problem(f"{line} cannot be {why}", "Choose another format or group size for it, or keep it with --ignore.")
+            for why, names in self.refused.items()
+            for line in collapse(names)
+        ]
         self._keep_together(decisions, {fill.target.name: fill for fill in fills})
         self._check_experts(decisions, stacks)
         return [self._value(fill, decisions[fill.target.name]) for fill in fills]
 
     def _decide(self, fill: Fill, is_expert: bool) -> Decision:
         spec = fill.target
+        if not self.quantizes:
+            return Decision(None, "not quantized")
         if not _is_matrix(spec):
             is_stack = spec.dtype in FLOATS and len(spec.shape) == 3 and self.decider.kept(_module(spec)) is None
             return Decision(None, _STACK if is_stack else "no matrix of full precision")
@@ -186,12 +195,7 @@ class _Planner:
         if refused is None:
             return decision
         if is_expert or decision.is_named:
-            self.problems.append(
-                Problem(
-                    f"{spec.name} cannot be {decision.format.name}: {refused}",
-                    "Choose another format or group size for it, or keep it with --ignore.",
-                )
-            )
+            self.refused.setdefault(f"{decision.format.name}: {refused}", []).append(spec.name)
         return Decision(None, f"{refused}, so not {decision.format.name}")
 
     def _keep_together(self, decisions: dict[str, Decision], fills: Mapping[str, Fill]) -> None:
@@ -348,7 +352,7 @@ class _Planner:
         if stored is None:
             return rearrangement(fill, 0, 0)
         parts = [
-            _part(part.suffix, tensor.spec, tensor.file, tensor.offset, part.rows)
+            _source_part(part, tensor)
             for part in _parts_of(stored.format, fill.target.shape, "BF16")
             if part.rows and (tensor := stored.parts.get(part.suffix)) is not None
         ]
@@ -407,15 +411,26 @@ def _module(spec: Spec) -> str:
     return spec.name.removesuffix(WEIGHT)
 
 
-def _same(one: Format | None, other: Format | None) -> bool:
+def _same(one: Decoder | None, other: Decoder | None) -> bool:
     """Readers are told the same of both; how scales were chosen or stored does not matter to them."""
-    if one is None or other is None:
+    if not isinstance(one, Format) or not isinstance(other, Format):
         return one is other
     return type(one) is type(other) and one.settings() == other.settings()
 
 
+def _source_part(part: StoredPart, tensor: StoredTensor) -> Part:
+    """Where rows of a part are read: one after another, or evenly spaced in a larger tensor."""
+    spec = tensor.spec
+    found = _part(part.suffix, spec, tensor.file, tensor.offset, part.rows)
+    if tensor.inside is None:
+        return found
+    view, item = tensor.inside.view, DTYPE_BITS[spec.dtype] // 8
+    stride = view.axes[0].step * prod(view.block[1:]) * item
+    return found._replace(offset=tensor.offset + (tensor.inside.at + view.first) * item, stride=stride)
+
+
 @cache  # a model has few shapes
-def _parts_of(made: Format, shape: Shape, dtype: str) -> tuple[StoredPart, ...]:
+def _parts_of(made: Decoder, shape: Shape, dtype: str) -> tuple[StoredPart, ...]:
     return made.parts(shape, dtype)
 
 

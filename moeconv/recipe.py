@@ -73,6 +73,7 @@ class Recipe(NamedTuple):
         dims: for each symbol, the config.json keys that may hold it, first that exists.
         optional: parts that a checkpoint may lack.
         forms: how the families publish quantized experts (`forms.yaml`), where names and shapes allow several forms.
+        decoded: the recipe of the same experts in full precision, one by one; empty for this one.
         keep: modules that are not quantized by default, beside those that no recipe has quantized.
         aliases: layouts that are another layout, such as hub -> experts.
         components: see `Component`.
@@ -88,6 +89,7 @@ class Recipe(NamedTuple):
     dims: Mapping[str, tuple[str, ...]]
     optional: frozenset[str]
     forms: tuple[str, ...]
+    decoded: str
     keep: tuple[str, ...]
     aliases: Mapping[str, str]
     components: tuple[Component, ...]

@@ -14,7 +14,7 @@ from moeconv.recipe import LAYOUTS, Component, Recipe, Rule, stored_shape
 from moeconv.tensors import Shape
 from moeconv.yamldoc import Yaml, nearest, read_yaml
 
-_KEYS = ("about", "extends", "model_types", "config", "dims", "optional", "forms", "keep", "layouts")
+_KEYS = ("about", "extends", "model_types", "config", "dims", "optional", "forms", "decoded", "keep", "layouts")
 _OPS = ("concat", "interleave", "transpose")
 #: Stands in a proposed recipe wherever headers do not tell, until a person has written what it is.
 UNDECIDED = "DECIDE"
@@ -99,6 +99,7 @@ class _Reader:
         self.dims: dict[str, tuple[str, ...]] = {}
         self.optional: tuple[str, ...] = ()
         self.forms: tuple[str, ...] = ()
+        self.decoded = ""
         self.keep: tuple[str, ...] = ()
         self.aliases: dict[str, str] = {}
         self.rules: dict[str, list[Rule]] = {}
@@ -134,6 +135,10 @@ class _Reader:
             self.optional = tuple(entries["optional"][1].texts())
         if "forms" in entries:
             self.forms = tuple(entries["forms"][1].texts())
+        if "decoded" in entries:
+            self.decoded = entries["decoded"][1].text()
+            if self.decoded not in shipped_names():
+                raise entries["decoded"][1].error("is no shipped recipe", nearest(self.decoded, shipped_names()))
         if "keep" in entries:
             self.keep += tuple(entries["keep"][1].texts())
         if "layouts" in entries:
@@ -152,7 +157,7 @@ class _Reader:
         base.collect(path.read_text(encoding="utf-8"))
         self.base = base
         self.scopes, self.dims, self.optional = base.scopes, base.dims, base.optional
-        self.forms, self.keep = base.forms, base.keep
+        self.forms, self.decoded, self.keep = base.forms, base.decoded, base.keep
         self.aliases, self.rules = base.aliases, base.rules
 
     def _layout(self, key: Yaml, value: Yaml) -> None:
@@ -182,7 +187,8 @@ class _Reader:
         components = self._components(root)
         recipe = Recipe(
             self.name, self.about, self.model_types, self.scopes, self.dims, frozenset(self.optional), self.forms,
-            self.keep, self.aliases, components, claims, ids, self.text if self.base is None else _rendered(self),
+            self.decoded, self.keep, self.aliases, components, claims, ids,
+            self.text if self.base is None else _rendered(self),
         )  # fmt: skip
         for part in self.optional:
             if part not in claims:
@@ -331,6 +337,7 @@ def _rendered(reader: _Reader) -> str:
     lines += [f"  {symbol}: {_listed(keys)}" for symbol, keys in reader.dims.items()]
     lines.append(f"optional: {_listed(reader.optional)}")
     lines.append(f"forms: {_listed(reader.forms)}")
+    lines += [f"decoded: {quoted(reader.decoded)}"] if reader.decoded else []
     lines.append(f"keep: {_listed(reader.keep)}")
     lines.append("layouts:")
     for layout, rules in reader.rules.items():

@@ -11,7 +11,7 @@ from itertools import pairwise, product
 from math import isqrt, prod
 from typing import NamedTuple
 
-from moeconv.formats import Format
+from moeconv.formats import Decoder, Format
 from moeconv.moves import Fill
 from moeconv.tensors import DTYPE_BITS, Shape, View, row_major_strides
 
@@ -93,6 +93,7 @@ class Part(NamedTuple):
         row_nbytes: bytes of one index of its axis 0.
         size: of its axis 0.
         rows: matrix rows that one index stands for.
+        stride: bytes from one index of axis 0 to the next; 0 where they follow each other.
     """
 
     suffix: str
@@ -102,6 +103,7 @@ class Part(NamedTuple):
     row_nbytes: int
     size: int
     rows: int
+    stride: int = 0
 
     def bounds(self, first: int, last: int) -> tuple[int, int]:
         """Indices of axis 0 that belong to matrix rows `first` to `last` (excluded)."""
@@ -111,7 +113,7 @@ class Part(NamedTuple):
 class Decode(NamedTuple):
     """A source matrix that is stored quantized."""
 
-    format: Format
+    format: Decoder
     parts: tuple[Part, ...]
 
 

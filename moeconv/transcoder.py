@@ -118,7 +118,9 @@ class Transcoder:
         for part in source.parts:
             begin, end = part.bounds(first, last)
             content = raw[at : at + (end - begin) * part.row_nbytes]
-            self._sources[part.file].read_into(_memory(content), part.offset + begin * part.row_nbytes)
+            pitch = part.row_nbytes
+            rows = Rows(end - begin, pitch, part.stride or pitch, pitch)
+            self._sources[part.file].read_rows(_memory(content), part.offset + begin * rows.stride, rows)
             parts.append(content.view(torch_dtype(part.dtype)).view(end - begin, -1))
             at += -(-len(content) // PART_ALIGNMENT) * PART_ALIGNMENT
         return parts

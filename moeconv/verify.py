@@ -15,12 +15,14 @@ from moeconv.device import CpuDevice
 from moeconv.encoded import decoded_view
 from moeconv.errors import CheckpointError, Problem
 from moeconv.files import Files, OpenFiles, Rows
+from moeconv.forms import with_forms
 from moeconv.layouts import find_units
 from moeconv.manifest import kept_blocks
 from moeconv.names import collapse
 from moeconv.plan import Options, Plan, plan
 from moeconv.quantize import plan_dequantize, plan_quantize
 from moeconv.recipe import Recipe
+from moeconv.recipe_file import load_shipped
 from moeconv.scheme import scheme_of
 from moeconv.selection import select_recipe
 from moeconv.worker import Worker
@@ -91,12 +93,19 @@ def verify_folder(
 
 def _plan_again(source: Checkpoint, recipe: Recipe, scheme: dict[str, Any], options: Options) -> Plan:
     """The plan of a quantization that a manifest tells of."""
+    recipe = with_forms(_before_decoding(source, recipe), source)
     try:
         if "dequantize" in scheme:
             return plan_dequantize(source, recipe, scheme["dequantize"], options)
         return plan_quantize(source, recipe, scheme_of(scheme), options)
     except (KeyError, TypeError):
         raise CheckpointError("moeconv.json says nothing sensible about formats", "Convert again.") from None
+
+
+def _before_decoding(source: Checkpoint, recipe: Recipe) -> Recipe:
+    """The recipe of the source's quantized experts, where another one is for them once they are decoded."""
+    others = (other for other in load_shipped() if other.decoded == recipe.name)
+    return next((other for other in others if find_units(source, other).units), recipe)
 
 
 def _included(made: Checkpoint, candidates: set[str]) -> tuple[str, ...]:

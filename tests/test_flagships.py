@@ -51,3 +51,24 @@ def test_unpacking_is_planned_to_the_byte(flagship: Callable[[str], Path], name:
     assert report["bytes_in"] == report["bytes_out"]
     whats = {group["what"] for group in report["groups"]}
     assert whats == ({"kept", "copied"} if name == "qwen3-235b" else {"split", "copied"})
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3-fp8", "gpt-oss-120b"])
+def test_dequantizing_is_planned_to_the_byte(flagship: Callable[[str], Path], name: str) -> None:
+    report = json.loads(succeeds("plan", "dequantize", flagship(name), "--json").out)
+    stored = sum(path.stat().st_size for path in flagship(name).glob("*.safetensors"))
+    assert 0.99 * stored < report["bytes_in"] < stored
+    assert report["bytes_out"] == pytest.approx(2 * PARAMETERS[name], rel=0.005)
+    assert sum(file["bytes"] for file in report["files"]) == pytest.approx(report["bytes_out"], rel=0.001)
+
+
+@pytest.mark.parametrize("name", ["gpt-oss-120b", "llama4-maverick"])
+def test_quantizing_is_planned_to_the_byte(flagship: Callable[[str], Path], name: str) -> None:
+    report = json.loads(succeeds("plan", "quantize", flagship(name), "--format", "fp8_dynamic", "--json").out)
+    assert report["unquantized_share"] < 0.06
+    kept = report["unquantized_share"] * 2 * PARAMETERS[name]
+    assert report["bytes_out"] == pytest.approx(PARAMETERS[name] + kept / 2, rel=0.01)
+
+
+#: Parameters of the whole model, layers that predict further tokens included.
+PARAMETERS = {"deepseek-v3-fp8": 684.5e9, "gpt-oss-120b": 116.8e9, "llama4-maverick": 400.7e9}

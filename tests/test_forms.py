@@ -328,15 +328,93 @@ def test_the_published_names_are_those_of_the_family(tmp_path: Path) -> None:
     assert read_folder(tmp_path / "back") == tensors
 
 
+@pytest.mark.parametrize("options", [["dequantize"], ["quantize", "--format", "w8a8"]], ids=lambda words: words[0])
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+def test_packed_experts_are_decoded_as_unpacked_ones(
+    sources: dict[str, Path], tmp_path: Path, model_type: str, name: str, options: list[str]
+) -> None:
+    command, *rest = options
+    succeeds("quantize", sources[model_type], tmp_path / "made", "--format", name)
+    succeeds("pack", tmp_path / "made", tmp_path / "packed")
+    succeeds(command, tmp_path / "made", tmp_path / "one", *rest)
+    succeeds(command, tmp_path / "packed", tmp_path / "other", *rest)
+    one, other = read_folder(tmp_path / "one"), read_folder(tmp_path / "other")
+    experts = {key for key in one if ".experts." in key}
+    assert experts
+    assert {key: other[key] for key in experts} == {key: one[key] for key in experts}
+    if name != "w8a8":
+        succeeds("verify", tmp_path / "other", "--against", tmp_path / "packed")
+
+
 @pytest.mark.parametrize("command", [["dequantize"], ["quantize", "--format", "w8a16"]], ids=lambda words: words[0])
-@pytest.mark.parametrize("form", MOVING)
+@pytest.mark.parametrize("form", ["fp4_scale", "mxfp8", "mxfp8_ct", "nvfp4", "mxfp4"])
 def test_packed_codes_are_not_taken_for_numbers(tmp_path: Path, form: str, command: list[str]) -> None:
     source = write_folder(tmp_path / "source", experts(form), CONFIG, 1)
     succeeds("pack", source, tmp_path / "packed")
     name, *options = command
     message = refused(name, tmp_path / "packed", tmp_path / "made", *options, within=tmp_path)
     assert "experts" in message
-    assert "moeconv unpack" in message
+    assert "Start from the checkpoint in full precision" in message
+
+
+GPT_OSS = {"num_local_experts": 6, "intermediate_size": 32, "hidden_size": 64, "num_hidden_layers": 2,
+           "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 96,
+           "layer_types": ["full_attention"] * 2}  # fmt: skip
+
+
+def gpt_oss(folder: Path) -> Path:
+    """gpt-oss as published: random codes, exponents as far from 127 as a half can show."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("gpt_oss", **GPT_OSS))
+    tensors = {name: item for name, item in model.to(torch.bfloat16).state_dict().items() if "_proj" not in name}
+    tensors |= {name: item for name, item in model.state_dict().items() if "self_attn" in name or "_proj_bias" in name}
+    for layer in range(2):
+        for part, rows, columns in (("gate_up", 64, 64), ("down", 64, 32)):
+            stem = f"model.layers.{layer}.mlp.experts.{part}_proj"
+            tensors[f"{stem}_blocks"] = torch.randint(0, 256, (6, rows, columns // 32, 16), dtype=torch.uint8)
+            tensors[f"{stem}_scales"] = torch.randint(107, 130, (6, rows, columns // 32), dtype=torch.uint8)
+    config = model.config.to_dict() | {"model_type": "gpt_oss", "dtype": "bfloat16"}
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    return save(folder, tensors, config | {"quantization_config": settings})
+
+
+def test_gpt_oss_is_decoded_as_transformers_decodes_it(tmp_path: Path) -> None:
+    source = gpt_oss(tmp_path / "source")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    wanted = load(
+        source, dtype=torch.bfloat16, quantization_config=transformers.Mxfp4Config(dequantize=True)
+    ).state_dict()
+    succeeds("dequantize", source, tmp_path / "plain")
+    succeeds("verify", tmp_path / "plain", "--against", source)
+    succeeds("pack", tmp_path / "plain", tmp_path / "packed")
+    found = load(tmp_path / "packed", dtype=torch.bfloat16).state_dict()
+    assert wanted.keys() == found.keys()
+    assert wanted["model.layers.1.mlp.experts.gate_up_proj"].shape == (6, 64, 64)
+    for name, item in wanted.items():
+        assert torch.equal(item, found[name]), name
+    assert "quantization_config" not in config_of(tmp_path / "packed")
+
+
+def test_gpt_oss_is_quantized_again_in_one_pass(tmp_path: Path) -> None:
+    source = gpt_oss(tmp_path / "source")
+    succeeds("dequantize", source, tmp_path / "plain")
+    for folder in (source, tmp_path / "plain"):
+        succeeds("quantize", folder, folder.with_name(f"{folder.name}-made"), "--format", "fp8_dynamic")
+    assert read_folder(tmp_path / "source-made") == read_folder(tmp_path / "plain-made")
+
+
+@pytest.mark.parametrize("change", ["scales", "shape"])
+def test_broken_mxfp4_of_gpt_oss_is_refused(tmp_path: Path, change: str) -> None:
+    source = gpt_oss(tmp_path / "source")
+    tensors = read_folder(source)
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    del tensors[name]
+    if change == "shape":
+        tensors[name] = tensor((6, 64, 2), "U8")
+    broken = write_folder(tmp_path / "broken", tensors, config_of(source), 1)
+    message = refused("dequantize", broken, tmp_path / "made", within=tmp_path)
+    assert "down_proj" in message
 
 
 @pytest.mark.parametrize("form", ["fp8_scale", "fp4_scale", "mxfp8", "nvfp4", "mxfp4", "modelopt_nvfp4", "per_tensor"])

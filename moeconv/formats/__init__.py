@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from moeconv.formats.format import FLOATS, Format, StoredPart
+from moeconv.formats.format import FLOATS, Decoder, Format, StoredPart
+from moeconv.formats.fp4 import GptOssMxfp4
 from moeconv.formats.fp8 import BlockFp8, ChannelFp8, FineGrainedFp8
 from moeconv.formats.integers import ChannelInt8, PackedInt
 
 __all__ = [
-    "FLOATS", "FORMATS", "BlockFp8", "ChannelFp8", "ChannelInt8", "FineGrainedFp8", "Format", "PackedInt", "StoredPart",
-    "format_name", "make_format",
+    "FLOATS", "FORMATS", "BlockFp8", "ChannelFp8", "ChannelInt8", "Decoder", "FineGrainedFp8", "Format", "GptOssMxfp4",
+    "PackedInt", "StoredPart", "format_name", "make_format",
 ]  # fmt: skip
 
 #: Formats that can be written, by name, and the options that each takes with the type of their values.

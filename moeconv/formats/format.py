@@ -37,21 +37,43 @@ class StoredPart(NamedTuple):
     rows: int
 
 
-class Format(ABC):
-    """A format with its options.
+class Decoder(ABC):
+    """A format that can be read.
 
     Attributes:
-        name: as `--format` has it.
-        quant_method: `quant_method` of config.json.
+        name: as `--format` has it, or would.
         row_multiple: a tile begins at a multiple of this many rows, and ends at one or at the matrix' end.
         live_nbytes: bytes that encoding or decoding holds at once for each element of a tile, all included (held by
             a test).
     """
 
     name: str
-    quant_method: str
     row_multiple: int = 1
     live_nbytes: int = 20
+
+    @abstractmethod
+    def parts(self, shape: Shape, dtype: str) -> tuple[StoredPart, ...]:
+        """The tensors that a matrix of that shape and dtype becomes; the first holds the codes."""
+
+    @abstractmethod
+    def decode(self, parts: Mapping[str, Tensor], columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows of a matrix [rows, K], computed in float32, from the rows of its parts.
+
+        Args:
+            parts: by suffix; all that have rows, each with its other axes as one.
+            columns: K, where parts are padded.
+            dtype: to round to in the end; None for float32.
+        """
+
+
+class Format(Decoder):
+    """A format that can be written, with its options.
+
+    Attributes:
+        quant_method: `quant_method` of config.json.
+    """
+
+    quant_method: str
 
     def refusal(self, shape: Shape, dtype: str) -> str | None:
         """Why a matrix cannot have this format, or None."""
@@ -60,10 +82,6 @@ class Format(ABC):
         if dtype not in FLOATS:
             return f"{dtype} is no float of full precision"
         return None
-
-    @abstractmethod
-    def parts(self, shape: Shape, dtype: str) -> tuple[StoredPart, ...]:
-        """The tensors that a matrix of that shape and dtype becomes; the first holds the codes."""
 
     @abstractmethod
     def encode(self, tile: Tensor) -> tuple[Tensor, ...]:
@@ -75,16 +93,6 @@ class Format(ABC):
         Returns:
             The rows of all parts that have rows, in the order of `parts`. Not finite where the tile was not: a scale
             is then NaN or Inf.
-        """
-
-    @abstractmethod
-    def decode(self, parts: Mapping[str, Tensor], columns: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Rows of a matrix [rows, K], computed in float32, from the rows of its parts.
-
-        Args:
-            parts: by suffix; all that have rows.
-            columns: K, where parts are padded.
-            dtype: to round to in the end; None for float32.
         """
 
     def constant(self, part: StoredPart, shape: Shape) -> bytes:

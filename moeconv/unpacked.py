@@ -1,0 +1,43 @@
+"""A checkpoint whose quantized experts share tensors, seen one by one.
+
+Codes and scales can be taken apart without being read: each expert's are rows of the tensor that holds them all. What
+comes after this view decodes them as it decodes those of any checkpoint.
+"""
+
+from __future__ import annotations
+
+from moeconv.checkpoint import Checkpoint, Inside, StoredTensor
+from moeconv.errors import Problem
+from moeconv.layouts import find_units
+from moeconv.moves import change
+from moeconv.recipe import Recipe
+from moeconv.suspects import FULL_PRECISION
+
+
+def unpacked_view(source: Checkpoint, recipe: Recipe, problems: list[Problem], layout: str | None = None) -> Checkpoint:
+    """The checkpoint with every stack of quantized experts as the tensors of the recipe's layout `experts`.
+
+    Args:
+        source: as opened.
+        recipe: how its experts are stored.
+        problems: receives stacks that cannot be taken apart.
+        layout: of the source, where headers do not tell.
+    """
+    stacked = (tensor.spec for tensor in source.tensors.values() if len(tensor.spec.shape) > 2)
+    if "experts" not in recipe.layouts or all(spec.dtype in FULL_PRECISION for spec in stacked):
+        return source
+    goal = recipe.layout("experts")
+    tensors = dict(source.tensors)
+    found = find_units(source, recipe, layout)
+    problems += found.problems
+    for unit in found.units:
+        is_quantized = any(tensor.spec.dtype not in FULL_PRECISION for tensor in unit.tensors())
+        if unit.layout == goal or not is_quantized or (made := change(unit, goal, recipe, problems)) is None:
+            continue
+        for tensor in unit.tensors():
+            del tensors[tensor.spec.name]
+        for fill in made.fills:
+            (move,) = fill.moves  # one tensor of one expert is one part
+            inside = Inside(move.source.spec, move.source_at, move.route.source)
+            tensors[fill.target.name] = StoredTensor(fill.target, move.source.file, move.source.offset, inside=inside)
+    return source._replace(tensors=tensors)
