@@ -70,6 +70,7 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
         )
         return source
     usual = model_dtype(source.config)
+    groups = _groups(quantization)
     known: dict[object, tuple[Shape, Decoder]] = {}  # by all that decides; a model has few kinds
     last_words = {name.rpartition(".")[2] for name in source.tensors}
     suffixes = [suffix for suffix in _SUFFIXES if suffix in last_words]
@@ -77,7 +78,7 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
         parts = {
             suffix: tensor for suffix in suffixes if (tensor := source.tensors.get(f"{module}.{suffix}")) is not None
         }
-        schemes = _schemes(quantization, module)
+        schemes = _schemes(groups, module)
         kind = (*map(id, schemes), *((suffix, *tensor.spec[1:]) for suffix, tensor in parts.items()))
         if kind not in known:
             found = _format_of(parts, quantization, schemes)
@@ -190,25 +191,33 @@ def _is_part(spec: Spec, part: StoredPart) -> bool:
     return spec.dtype in dtypes and spec.shape == part.shape
 
 
-def _schemes(quantization: Mapping[str, Any], module: str) -> list[Mapping[str, Any]]:
-    """Arguments for weights, those first whose targets name the module."""
+_Groups = list[tuple[list[Any], Mapping[str, Any]]]
+
+
+def _groups(quantization: Mapping[str, Any]) -> _Groups:
+    """Targets and arguments for weights of each group."""
     groups = quantization.get("config_groups")
-    found: list[tuple[bool, Mapping[str, Any]]] = []
+    found = []
     for group in groups.values() if isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if isinstance(weights, Mapping):
             targets = group.get("targets")
-            named = any(_is_target(target, module) for target in targets) if isinstance(targets, list) else False
-            found.append((not named, weights))
-    return [weights for _, weights in sorted(found, key=lambda item: item[0])]
+            found.append((targets if isinstance(targets, list) else [], weights))
+    return found
+
+
+def _schemes(groups: _Groups, module: str) -> list[Mapping[str, Any]]:
+    """Arguments for weights, those first whose targets name the module."""
+    if len(groups) < 2:
+        return [weights for _, weights in groups]
+    named = [(not any(_is_target(target, module) for target in targets), weights) for targets, weights in groups]
+    return [weights for _, weights in sorted(named, key=lambda item: item[0])]
 
 
 def weight_bits(config: Mapping[str, Any]) -> set[int]:
     """The numbers of bits that config.json gives for weights of compressed-tensors."""
     return {
-        bits
-        for weights in _schemes(quantization_config(config), "")
-        if isinstance(bits := weights.get("num_bits"), int)
+        bits for _, weights in _groups(quantization_config(config)) if isinstance(bits := weights.get("num_bits"), int)
     }
 
 

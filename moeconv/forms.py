@@ -91,7 +91,8 @@ def with_forms(recipe: Recipe, source: Checkpoint) -> Recipe:
     hinted = [
         form for form in load_forms() if _is_hinted(form, last_words) and (bits == {0} or form.bits in bits)
     ]  # fmt: skip
-    forms = [form for form in hinted if any(_solved(form, shapes) is not None for shapes in _kinds(form, source))]
+    examples = _examples(source, tuple(end for form in hinted for end in form.ends[form.said]))
+    forms = [form for form in hinted if any(_is_example(form, name, source) for name in examples)]
     # Of two that fit alike the first is taken: the one that the folder was made from, or that the family has.
     before = source.manifest.get("forms")
     forms.sort(key=lambda form: form.name not in recipe.forms)
@@ -142,17 +143,23 @@ def _is_hinted(form: Form, last_words: Iterable[str]) -> bool:
     return all(any(last == word or last.endswith(form.tails[word]) for last in last_words) for word in words)
 
 
-def _kinds(form: Form, source: Checkpoint) -> set[tuple[Shape | None, ...]]:
-    """The shapes that stand beside each other by the names of the form's tensors; None for one that is not there."""
-    kinds = set()
+def _examples(source: Checkpoint, telling: tuple[str, ...]) -> list[str]:
+    """The first and the last name of those that end alike and have one shape: either may have lost its neighbours."""
+    found: dict[tuple[object, ...], list[str]] = {}
+    for name, tensor in source.tensors.items():
+        if name.endswith(telling):
+            found.setdefault((*name.rsplit(".", 2)[1:], tensor.spec.shape), [name, name])[1] = name
+    return [name for names in found.values() for name in names]
+
+
+def _is_example(form: Form, name: str, source: Checkpoint) -> bool:
+    """Whether the tensor and those beside it have the shapes of a matrix in that form, or of a stack of matrices."""
     for number, said in enumerate(form.ends[form.said]):
-        ends = [pair[number] for pair in form.ends.values()]
-        for name in source.tensors:
-            if name.endswith(said):
-                stem = name.removesuffix(said)
-                found = [source.tensors.get(stem + end) for end in ends]
-                kinds.add(tuple([tensor and tensor.spec.shape for tensor in found]))
-    return kinds
+        if name.endswith(said):
+            found = [source.tensors.get(name.removesuffix(said) + ends[number]) for ends in form.ends.values()]
+            if _solved(form, [tensor and tensor.spec.shape for tensor in found]) is not None:
+                return True
+    return False
 
 
 def _solved(form: Form, shapes: Sequence[Shape | None]) -> dict[str, int] | None:
