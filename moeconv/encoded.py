@@ -7,7 +7,7 @@ names and shapes of the model, and the bytes are decoded when they are read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from moeconv.checkpoint import Checkpoint, Encoded, StoredTensor
@@ -189,6 +189,22 @@ def _packed_format(specs: Mapping[str, Spec], schemes: Sequence[Mapping[str, Any
 def _is_part(spec: Spec, part: StoredPart) -> bool:
     dtypes = ("I64", "I32") if part.suffix == "weight_shape" else (part.dtype,)
     return spec.dtype in dtypes and spec.shape == part.shape
+
+
+def format_of_module(specs: Iterable[Spec], config: Mapping[str, Any]) -> str | None:
+    """The name of the format that the first matrix among the tensors has, as far as it can be decoded."""
+    parts: dict[str, StoredTensor] = {}
+    module = ""
+    for spec in specs:
+        stem, _, suffix = spec.name.rpartition(".")
+        module = module or stem
+        if stem == module:
+            parts[suffix] = StoredTensor(spec, 0, 0)
+    if not {"weight_scale", "weight_scale_inv", "weight_scales"} & set(parts):
+        return None
+    quantization = quantization_config(config)
+    found = _format_of(parts, quantization, _schemes(_groups(quantization), module))
+    return None if isinstance(found, str) else found[1].name
 
 
 _Groups = list[tuple[list[Any], Mapping[str, Any]]]

@@ -88,10 +88,8 @@ def readings(
         config: config.json.
         layout: the layout.
         experts: shapes of the experts' tensors.
-        forms: how quantized experts are stored; engines read them one by one as the format of that name.
+        forms: how quantized experts are stored where they are not one by one (then see `format_readings`).
     """
-    if forms and recipe.layout(layout) == "experts":
-        return format_readings(config, forms)
     known, table = _entries()
     model_type = model_type_of(config)
     wanted = {layout, recipe.layout(layout)} | {

@@ -24,11 +24,24 @@ from moeconv.units import Hits, Unit, layout_lines
 
 
 class Found(NamedTuple):
-    """Units of a checkpoint, the tensors that belong to none, and what is wrong."""
+    """What a checkpoint holds.
+
+    Attributes:
+        units: of the recipe.
+        rest: tensors that belong to none.
+        faults: what is wrong with them, whatever is to be done.
+        unknown: what of the rest looks like experts, and would be left behind if the units moved.
+    """
 
     units: tuple[Unit, ...]
     rest: tuple[StoredTensor, ...]
-    problems: tuple[Problem, ...]
+    faults: tuple[Problem, ...]
+    unknown: tuple[Problem, ...]
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """All that is wrong where units are to move or to change."""
+        return self.faults + self.unknown
 
 
 def config_sizes(checkpoint: Checkpoint, recipe: Recipe, block: str = "") -> dict[str, frozenset[int]]:
@@ -85,12 +98,13 @@ def find_units(checkpoint: Checkpoint, recipe: Recipe, forced: str | None = None
     search.units.sort(key=lambda unit: (search.family(unit.component), natural_key(unit.block)))
     used = {tensor.spec.name for unit in search.units for tensor in unit.tensors()}
     rest = [tensor for name, tensor in checkpoint.tensors.items() if name not in used]
+    unknown: list[Problem] = []
     if not search.problems:
-        search.problems += unknown_experts(search.units, rest, recipe, search.method)
+        unknown = unknown_experts(search.units, rest, recipe, search.method)
         search.problems += lost_experts(search.units, rest, recipe)
         if search.method:
-            search.problems += bare_codes(search.units, recipe)
-    return Found(tuple(search.units), tuple(rest), tuple(search.problems))
+            search.problems += bare_codes(search.units, rest, recipe)
+    return Found(tuple(search.units), tuple(rest), tuple(search.problems), tuple(unknown))
 
 
 class _Decision(NamedTuple):

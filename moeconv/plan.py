@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from moeconv import __version__
 from moeconv.checkpoint import INDEX, SINGLE, Checkpoint, Encoded, StoredTensor
-from moeconv.engines import Reading, readings
+from moeconv.encoded import format_of_module, quantization_config
+from moeconv.engines import Reading, format_readings, readings
 from moeconv.errors import PlanError, Problem, UsageError
 from moeconv.formats import Format, StoredPart
 from moeconv.header import build_header, entry_nbytes, head_nbytes, in_file_order
@@ -39,6 +40,8 @@ MAX_TILE_BYTES = 16 << 20
 ALL_TILES_BYTES = 64 << 20
 #: Peak RSS of a run without its buffers: interpreter, libraries, code (measured, `tests/bench/memory.py`).
 BASELINE_BYTES = 64 << 20
+#: Where ModelOpt says how a checkpoint is quantized, beside config.json or instead of it.
+QUANTIZATION = "hf_quant_config.json"
 #: Growth of RSS for each tensor name of source and target together (measured, `tests/bench/memory.py`).
 NAME_BYTES = 3000
 
@@ -200,7 +203,7 @@ def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | Non
         if name not in recipe.layouts:
             raise UsageError(f"recipe {recipe.name} has no layout {name!r}", f"It has: {', '.join(recipe.layouts)}.")
     found = find_units(source, recipe, options.layout)
-    problems = list(found.problems)
+    problems = list(found.faults)
     goal = recipe.layout(layout)
     stays = [unit.block in options.stay or _is_already(unit, goal) for unit in found.units]
     kept = tuple(unit for unit, is_kept in zip(found.units, stays, strict=True) if is_kept)
@@ -209,6 +212,7 @@ def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | Non
         for unit, is_kept in zip(found.units, stays, strict=True)
         if not is_kept and (made := change(unit, goal, recipe, problems))
     ]
+    problems += found.unknown if changes or not found.units else ()
     if not found.units and not problems:
         problems.append(
             Problem(
@@ -227,14 +231,35 @@ def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | Non
     steps: list[Step] = [step for fill in fills for step in steps_of(fill, places[fill.target.name])]
     tasks = tasks_of(steps, [file.path for file in files])
     memory = _memory(source, files, tasks, options)
-    shapes = [spec.shape for made in changes for spec in made.targets]
-    shapes += [tensor.spec.shape for unit in kept for tensor in unit.tensors()]
-    forms = {form for unit in (*kept, *(made.unit for made in changes)) if (form := unit.component.form)}
-    readers = readings(recipe, source.config, layout, shapes, forms)
+    held = [(unit, [tensor.spec for tensor in unit.tensors()]) for unit in kept]
+    held += [(made.unit, list(made.targets)) for made in changes]
+    readers = _readers(source, recipe, layout, held)
+    warnings = [*source_warnings(source, changes), *reader_warnings(readers)]
+    forms = sorted({form for unit, _ in held if (form := unit.component.form)})
+    if forms and goal == "packed" and all(reading.reads == "unknown" for reading in readers):
+        warnings.append(f"no engine is known to read packed experts in the form {', '.join(forms)}")
     return Plan(
         source, recipe, layout, options, tuple(changes), kept, found.rest, files, index, tasks, memory, readers,
-        (*source_warnings(source, changes), *reader_warnings(readers)), fingerprint_of(source, recipe, layout, options),
+        tuple(warnings), fingerprint_of(source, recipe, layout, options),
     )  # fmt: skip
+
+
+def _readers(
+    source: Checkpoint, recipe: Recipe, layout: str, held: Sequence[tuple[Unit, Sequence[Spec]]]
+) -> tuple[Reading, ...]:
+    """Which engines read a result that holds these units as these tensors."""
+    examples = {unit.component.form: specs for unit, specs in held if unit.component.form}
+    shapes = [spec.shape for _, specs in held for spec in specs]
+    if examples and recipe.layout(layout) == "experts":  # engines know them by their formats
+        formats = {name for specs in examples.values() if (name := format_of_module(specs, source.config))}
+        readers = format_readings(source.config, formats or examples.keys())
+    else:
+        readers = readings(recipe, source.config, layout, shapes, examples)
+    has_settings = quantization_config(source.config) or any(f.path == QUANTIZATION for f in source.sidecars)
+    if not examples or has_settings:
+        return readers
+    why = "config.json does not say how experts are quantized, so that codes are taken for numbers"
+    return tuple(reading._replace(reads="no", why=why) for reading in readers)
 
 
 def _is_already(unit: Unit, layout: str) -> bool:

@@ -129,7 +129,8 @@ class _Planner:
         formats = sorted({group.format.name for group in groups})
         of_experts = [v for v in values if v.fill.target.name in experts and _is_matrix(v.fill.target)]
         is_mixed = len(groups_of((v.fill.target.name, v.format) for v in of_experts if v.format)) > 1
-        conditions = [MIXED] * is_mixed + [KEPT] * any(v.format is None for v in of_experts)
+        has_kept = len({v.format is None for v in of_experts}) > 1
+        conditions = [MIXED] * is_mixed + [KEPT] * has_kept
         readers = format_readings(self.stored.config, formats, conditions) if formats else ()
         names = len(self.stored.tensors) + sum(len(file.specs) for file in files)
         warnings = [*source_warnings(self.source, changes), *self._warnings(values), *reader_warnings(readers)]

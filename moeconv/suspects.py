@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from moeconv.checkpoint import StoredTensor
 from moeconv.errors import Problem
-from moeconv.names import template_of
+from moeconv.names import collapse, template_of
 from moeconv.ops import parts_of
 from moeconv.recipe import Recipe
 from moeconv.units import Unit
@@ -82,31 +82,34 @@ def lost_experts(units: Sequence[Unit], rest: Sequence[StoredTensor], recipe: Re
     ]
 
 
-def bare_codes(units: Sequence[Unit], recipe: Recipe) -> list[Problem]:
+def bare_codes(units: Sequence[Unit], rest: Sequence[StoredTensor], recipe: Recipe) -> list[Problem]:
     """Experts of a quantized model that hold codes and have no scales: without them the codes are no numbers."""
+    codes = [tensor for unit in units if not unit.component.form for tensor in _codes(unit, recipe)]
+    if not codes:
+        return []
+    names = [tensor.spec.name for tensor in rest] + [t.spec.name for u in units for t in u.tensors()]
+    scaled = {name[: name.index("scale")].rstrip("._") for name in names if "scale" in name}
+    bare: dict[str, list[StoredTensor]] = {}
+    for tensor in codes:
+        stem = tensor.spec.name.removesuffix("_blocks")
+        if "scale" not in tensor.spec.name and not {stem, stem.removesuffix(".weight")} & scaled:
+            bare.setdefault(template_of(tensor.spec.name), []).append(tensor)
     return [
         Problem(
-            f"{bare.spec} holds codes of quantized matrices (config.json says so), and there are no scales beside it",
+            f"{line} ({tensors[0].spec.dtype}): codes of quantized matrices, as config.json says, "
+            "and there are no scales beside them",
             "Restore the shards that should hold the scales.",
         )
-        for unit in units
-        if (bare := _codes_without_scales(unit, recipe))
+        for tensors in bare.values()
+        for line in collapse([tensor.spec.name for tensor in tensors])
     ]
 
 
-def _codes_without_scales(unit: Unit, recipe: Recipe) -> StoredTensor | None:
-    """A tensor of an expert that is no float of full precision and has no scales beside it."""
-    if unit.component.form:
-        return None
-    texts = [rule.pattern.text for rule, _ in unit.hits]
+def _codes(unit: Unit, recipe: Recipe) -> Iterator[StoredTensor]:
+    """Tensors of experts that are no floats of full precision."""
     for rule, hits in unit.hits:
-        tensor = next(iter(hits.values()))
-        stem = rule.pattern.text.removesuffix("_blocks")
-        if tensor.spec.dtype in FULL_PRECISION or "scale" in stem or parts_of(rule.value)[0] not in recipe.part_ids:
-            continue
-        if not any(text.startswith(stem) and "scale" in text[len(stem) :] for text in texts):
-            return tensor
-    return None
+        if parts_of(rule.value)[0] in recipe.part_ids:
+            yield from (tensor for tensor in hits.values() if tensor.spec.dtype not in FULL_PRECISION)
 
 
 def _ends(name: str) -> Iterator[int]:

@@ -146,11 +146,14 @@ def stored(form: str, rows: int, columns: int) -> dict[str, tuple[str, tuple[int
             "weight_scale_2": ("F32", ()), "input_scale": ("F32", ()),
         },
         "per_tensor": {"weight": ("F8_E4M3", (rows, columns)), "weight_scale": ("F32", ())},
+        "per_tensor_array": {
+            "weight": ("F8_E4M3", (rows, columns)), "weight_scale": ("F32", (1,)), "input_scale": ("F32", (1,)),
+        },
         "channel int8": {"weight": ("I8", (rows, columns)), "weight_scale": ("BF16", (rows, 1))},
     }[form]  # fmt: skip
 
 
-MOVING = ["fp8", "fp8_scale", "fp4_scale", "mxfp8", "mxfp8_ct", "int4", "nvfp4", "mxfp4"]
+MOVING = ["fp8", "fp8_scale", "fp4_scale", "mxfp8", "mxfp8_ct", "int4", "nvfp4", "mxfp4", "per_tensor_array"]
 
 
 @pytest.mark.parametrize("form", MOVING)
@@ -251,7 +254,7 @@ def test_codes_that_lost_all_their_scales_are_refused(tmp_path: Path, form: str,
     source = write_folder(tmp_path / "source", tensors, QUANTIZED, 1)
     for command in ("pack", "unpack"):
         message = refused(command, source, tmp_path / "made", within=tmp_path)
-        said = ("there are no scales beside it", "what belongs to it may be missing", "weight_scale is missing")
+        said = ("there are no scales beside them", "what belongs to it may be missing", "weight_scale is missing")
         assert any(words in message for words in said)
         assert "model.layers." in message
 

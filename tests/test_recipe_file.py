@@ -42,7 +42,7 @@ def changed(*changes: tuple[str, str]) -> str:
 GATE_UP = "{concat: [gate, up]}"
 MISTAKES = [
     (("about: tiny", "abuot: tiny"), 1, "unknown key 'abuot'.", "Did you mean 'about'? Known: about, "),
-    (("optional: [bias]", "remember: [bias]"), 8, "unknown key 'remember'.", "Known: about, config, dims, "),
+    (("optional: [bias]", "remember: [bias]"), 8, "unknown key 'remember'.", "Known: about, config, decoded, dims, "),
     (("dims:", "model_types: [x]\ndims:"), 4, "'model_types' stands here twice", "Keep one of the two."),
     (("  H: hidden_size", "  I: hidden_size"), 7, "'I' stands here twice", "Keep one"),
     (("  H: hidden_size", "  h: hidden_size"), 7, "'h' is not a symbol", "Symbols start with a capital"),

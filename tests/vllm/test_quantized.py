@@ -31,7 +31,7 @@ from tests.vllm.server import Ask, asking
 CLAIMS = sorted(
     (model_type, name, entry.reads)
     for entry in entries()
-    if entry.engine == "vllm"
+    if entry.engine == "vllm" and not entry.when
     for model_type in entry.model_types
     for name in entry.formats
 )
@@ -103,12 +103,12 @@ def loaded(load: Ask, folder: Path) -> Tensors:
     return {name: item for name, item in torch.load(answer["file"]).items() if not NOT_LOADED.search(name)}
 
 
-def reading(load: Ask, folder: Path, placement: Placement) -> str:
-    """`yes`, or `no` and why."""
+def reading(load: Ask, folder: Path, placement: Placement, one_by_one: Path | None = None) -> str:
+    """`yes`, or `no` and why; of a packed folder against the one that it was packed from."""
     answer = load(folder)
     if "error" in answer:
         return f"no: {answer['error']}"
-    parameters, tensors = torch.load(answer["file"]), tensors_of(folder)
+    parameters, tensors = torch.load(answer["file"]), tensors_of(one_by_one or folder)
     found = list(differences(parameters, tensors, placement)) if placement else strays(parameters, tensors)
     return f"no: {found}" if found else "yes"
 
@@ -162,6 +162,47 @@ def test_vllm_reads_a_format_as_the_table_says(
 ) -> None:
     folder, _, _, placement = source(model_type)
     answer = reading(load, quantize(folder, made, "--format", name), placement)
+    assert answer.partition(":")[0] == reads, answer
+
+
+KEPT = sorted(
+    (model_type, name, entry.reads)
+    for entry in entries()
+    if entry.engine == "vllm" and entry.when == "kept experts"
+    for model_type in entry.model_types
+    for name in entry.formats
+)
+
+
+@pytest.mark.parametrize(("model_type", "name", "reads"), KEPT)
+def test_vllm_reads_a_layer_with_kept_experts_as_the_table_says(
+    model_type: str, name: str, reads: str, source: Callable[[str], Source], load: Ask, made: Path
+) -> None:
+    folder, _, _, placement = source(model_type)
+    options = ("--format", name, "--ignore", "*.layers.1.*.experts.*")
+    answer = reading(load, quantize(folder, made, *options), placement)
+    assert answer.partition(":")[0] == reads, answer
+
+
+#: The format that `quantize` writes for each form of packed experts.
+WRITTEN = {"fp8": "fp8", "channel": "fp8_dynamic", "fp8_block": "fp8_block", "int4": "w4a16", "int8": "w8a16"}
+PACKED = sorted(
+    (model_type, form, entry.reads)
+    for entry in entries()
+    if entry.engine == "vllm" and entry.layout == "packed"
+    for model_type in entry.model_types
+    for form in entry.forms
+)
+
+
+@pytest.mark.parametrize(("model_type", "form", "reads"), PACKED)
+def test_vllm_reads_packed_quantized_experts_as_the_table_says(
+    model_type: str, form: str, reads: str, source: Callable[[str], Source], load: Ask, made: Path
+) -> None:
+    folder, _, _, placement = source(model_type)
+    quantize(folder, made, "--format", WRITTEN[form])
+    succeeds("pack", made, made.with_name("packed"))
+    answer = reading(load, made.with_name("packed"), placement, made)
     assert answer.partition(":")[0] == reads, answer
 
 
