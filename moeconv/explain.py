@@ -188,7 +188,7 @@ def plan_json(plan: Plan, disk: Disk) -> dict[str, Any]:
         ],
         "bytes_in": _bytes_in(plan),
         "unquantized_share": unquantized_share(plan),
-        "bytes_out": sum(spec.nbytes for file in plan.files for spec in file.specs),
+        "bytes_out": sum(file.data_nbytes for file in plan.files),
         "files": [{"path": file.path, "bytes": file.nbytes, "tensors": len(file.specs)} for file in plan.files],
         "sidecars": [{"path": file.path, "bytes": file.nbytes} for file in plan.source.sidecars],
         "left_out": [{"path": f.path, "bytes": f.nbytes, "why": f.why} for f in plan.source.left_out],
@@ -248,7 +248,7 @@ def plan_text(plan: Plan, disk: Disk) -> str:
             lines += _some(group.sources, "             from ")
             lines += _some(group.targets, "             to   ")
             lines.append(f"             e.g. {group.example}")
-    written = sum(spec.nbytes for file in plan.files for spec in file.specs)
+    written = sum(file.data_nbytes for file in plan.files)
     lines += [
         "",
         f"  weights    {size(_bytes_in(plan))} in {count(source.files, 'file')} -> "

@@ -197,9 +197,10 @@ def build_header(specs: Iterable[Spec], metadata: Mapping[str, str]) -> tuple[by
     starts: dict[str, int] = {}
     for spec in specs:
         name, dtype, shape = spec
-        end = at + spec.nbytes
+        nbytes, kind = _kind_text(dtype, shape)
+        end = at + nbytes
         text = json.dumps(name, ensure_ascii=False) if '"' in name or "\\" in name else f'"{name}"'
-        entries.append(f'{text}:{{"dtype":"{dtype}","shape":{_shape_text(shape)},"data_offsets":[{at},{end}]}}')
+        entries.append(f"{text}{kind}{at},{end}]}}")
         starts[name] = at
         at = end
     content = f"{{{','.join(entries)}}}".encode()
@@ -208,9 +209,11 @@ def build_header(specs: Iterable[Spec], metadata: Mapping[str, str]) -> tuple[by
     return head, {name: len(head) + start for name, start in starts.items()}, len(head) + at
 
 
-@cache  # a model has few shapes
-def _shape_text(shape: Shape) -> str:
-    return f"[{','.join(map(str, shape))}]"
+@cache
+def _kind_text(dtype: str, shape: Shape) -> tuple[int, str]:
+    """Bytes of a tensor, and what stands between its name and its offsets."""
+    sizes = ",".join(map(str, shape))
+    return Spec("", dtype, shape).nbytes, f':{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":['
 
 
 def entry_nbytes(spec: Spec) -> int:
@@ -231,9 +234,11 @@ def in_file_order(specs: Sequence[Spec]) -> list[Spec]:
     Within a dtype, tensors whose sizes are multiples of a larger power of two come first, so that one odd
     small tensor does not move all that follow off the page boundaries.
     """
-    return sorted(specs, key=lambda spec: (-DTYPE_BITS[spec.dtype], -_evenness(spec.nbytes)))
+    return sorted(specs, key=lambda spec: _order(spec.dtype, spec.shape))
 
 
-def _evenness(nbytes: int) -> int:
-    """The largest power of two that divides a size, up to `LARGE_DATA_ALIGNMENT`."""
-    return min(nbytes & -nbytes, LARGE_DATA_ALIGNMENT) or LARGE_DATA_ALIGNMENT
+@cache  # a model has few shapes
+def _order(dtype: str, shape: Shape) -> tuple[int, int]:
+    """Bits of an element and the largest power of two that divides the size, up to an alignment; both descending."""
+    nbytes = Spec("", dtype, shape).nbytes
+    return -DTYPE_BITS[dtype], -(min(nbytes & -nbytes, LARGE_DATA_ALIGNMENT) or LARGE_DATA_ALIGNMENT)

@@ -11,22 +11,20 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 from moeconv import __version__
-from moeconv.checkpoint import INDEX, SINGLE, Checkpoint, Encoded, StoredTensor
+from moeconv.checkpoint import INDEX, Checkpoint, Encoded, StoredTensor
 from moeconv.encoded import format_of_module, quantization_config
 from moeconv.engines import Reading, format_readings, readings
 from moeconv.errors import PlanError, Problem, UsageError
 from moeconv.formats import Format, StoredPart
-from moeconv.header import build_header, entry_nbytes, head_nbytes, in_file_order
 from moeconv.layouts import find_units
-from moeconv.moves import Change, Fill, change, copy_of
-from moeconv.names import natural_key
+from moeconv.moves import Change, Fill, change
 from moeconv.recipe import Recipe
 from moeconv.scheme import Scheme
-from moeconv.steps import Rearrange, Step, Task, needs_whole_bytes, steps_of, tasks_of
+from moeconv.shards import TargetFile, place_specs
+from moeconv.steps import Copy, Rearrange, Step, Task, needs_whole_bytes, steps_of, tasks_of
 from moeconv.tensors import Spec
 from moeconv.units import Unit, layout_lines
 
@@ -98,15 +96,6 @@ class Value(NamedTuple):
     def is_plain(self) -> bool:
         """Its bytes are moved and not changed."""
         return self.format is None and self.source is None
-
-
-class TargetFile(NamedTuple):
-    """A weight file to write: `head` (length and header), then `nbytes` in all; tensors in the order of the file."""
-
-    path: str
-    head: bytes
-    nbytes: int
-    specs: tuple[Spec, ...]
 
 
 class Memory(NamedTuple):
@@ -222,13 +211,13 @@ def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | Non
         )
     fills = [fill for made in changes for fill in made.fills]
     copied = [tensor for unit in kept for tensor in unit.tensors()] + list(found.rest)
-    fills += [copy_of(tensor) for tensor in copied]
     problems += _target_problems(changes, copied, fills)
     if problems:
         raise PlanError.of(problems)
     specs = [spec for made in changes for spec in made.targets] + [tensor.spec for tensor in copied]
-    files, places, index = place_specs([(spec,) for spec in specs], source, options)
+    files, places, index = place_specs([(spec,) for spec in specs], source, options.max_shard_nbytes)
     steps: list[Step] = [step for fill in fills for step in steps_of(fill, places[fill.target.name])]
+    steps += [Copy(tensor.file, tensor.offset, *places[tensor.spec.name], tensor.spec.nbytes) for tensor in copied]
     tasks = tasks_of(steps, [file.path for file in files])
     memory = _memory(source, files, tasks, options)
     held = [(unit, [tensor.spec for tensor in unit.tensors()]) for unit in kept]
@@ -290,89 +279,6 @@ def _target_problems(changes: Sequence[Change], copied: Sequence[StoredTensor], 
             )
         )
     return problems
-
-
-def place_specs(
-    groups: Sequence[tuple[Spec, ...]], source: Checkpoint, options: Options
-) -> tuple[tuple[TargetFile, ...], dict[str, tuple[int, int]], bytes]:
-    """Files, the place of every target tensor (file number, byte offset), and the index.
-
-    Args:
-        groups: tensors that go into one file together; nearly always one tensor.
-        source: whose `__metadata__` is carried over.
-        options: see `Options`.
-    """
-    ordered = sorted(groups, key=lambda group: natural_key(group[0].name))
-    metadata = _metadata(source)
-    files, places, weight_map = _files(_shards(ordered, metadata, options.max_shard_nbytes), metadata)
-    if len(files) == 1:
-        return files, places, b""
-    total = sum(file.nbytes - len(file.head) for file in files)
-    return files, places, _index({**source.index_metadata, "total_size": total}, weight_map)
-
-
-def _index(metadata: Mapping[str, Any], weight_map: Mapping[str, str]) -> bytes:
-    """The index as `json.dumps(..., indent=2)` writes it, which takes ten times as long."""
-    head = json.dumps({"metadata": metadata, "weight_map": {}}, indent=2, ensure_ascii=False)
-    lines = json.dumps(weight_map, separators=(",\n    ", ": "), ensure_ascii=False)[1:-1]
-    return f"{head[: -len('{}' + chr(10) + '}')]}{{\n    {lines}\n  }}\n}}\n".encode()
-
-
-def _files(
-    shards: Sequence[Sequence[Spec]], metadata: Mapping[str, str]
-) -> tuple[tuple[TargetFile, ...], dict[str, tuple[int, int]], dict[str, str]]:
-    """Files for shards, the place of every tensor, and the file of every tensor."""
-    files: list[TargetFile] = []
-    places: dict[str, tuple[int, int]] = {}
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards):
-        path = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        ordered = in_file_order(shard)
-        head, starts, nbytes = build_header(ordered, metadata)
-        places.update((name, (number, start)) for name, start in starts.items())
-        weight_map.update((spec.name, path) for spec in shard)
-        files.append(TargetFile(path, head, nbytes, tuple(ordered)))
-    return tuple(files), places, weight_map
-
-
-def _shards(groups: Sequence[tuple[Spec, ...]], metadata: Mapping[str, str], limit: int) -> list[list[Spec]]:
-    """Cut specs into as few files of at most `limit` bytes as their order allows, of sizes as even as that allows.
-
-    Even files let every worker write to one of its own until the end.
-    """
-    sizes = [sum(spec.nbytes + entry_nbytes(spec) for spec in group) for group in groups]
-    most = max(1, limit - head_nbytes(metadata, limit))
-    wanted = len(_cut(sizes, most))
-    low, high = min(sum(sizes) // wanted, most), most
-    for _ in range(8):
-        middle = (low + high) // 2
-        if len(_cut(sizes, middle)) <= wanted:
-            high = middle
-        else:
-            low = middle
-    edges = [*_cut(sizes, high), len(groups)]
-    return [[spec for group in groups[a:b] for spec in group] for a, b in pairwise(edges)]
-
-
-def _cut(sizes: Sequence[int], most: int) -> list[int]:
-    """Number of the first group of each file."""
-    firsts = [0]
-    size = 0
-    for number, nbytes in enumerate(sizes):
-        if number > firsts[-1] and size + nbytes > most:
-            firsts.append(number)
-            size = 0
-        size += nbytes
-    return firsts
-
-
-def _metadata(source: Checkpoint) -> dict[str, str]:
-    """`__metadata__` of all source files together; of several values for a key, the first file's."""
-    merged: dict[str, str] = {}
-    for file in source.files:
-        for key, value in file.metadata.items():
-            merged.setdefault(key, value)
-    return merged
 
 
 def default_jobs(asked: int | None, tasks: int | None = None) -> int:

@@ -29,13 +29,13 @@ from moeconv.plan import (
     Plan,
     Value,
     fingerprint_of,
-    place_specs,
     reader_warnings,
     source_warnings,
 )
 from moeconv.recipe import Recipe
 from moeconv.recipe_file import load_recipe
 from moeconv.scheme import Decider, Decision, Scheme
+from moeconv.shards import place_specs
 from moeconv.steps import Content, Decode, Part, Step, Transcode, rearrangement, steps_of, tasks_of
 from moeconv.tensors import DTYPE_BITS, Shape, Spec
 from moeconv.units import Unit
@@ -120,7 +120,7 @@ class _Planner:
         if self.problems:
             raise PlanError.of(self.problems)
         files, places, index = place_specs(
-            [tuple(spec for spec, _ in value.parts) for value in values], self.source, self.options
+            [tuple([spec for spec, _ in value.parts]) for value in values], self.source, self.options.max_shard_nbytes
         )
         steps: list[Step] = [step for value in values for step in self._steps(value, places)]
         tasks = tasks_of(steps, [file.path for file in files])

@@ -25,7 +25,8 @@ from moeconv.errors import CheckpointError, OutputError
 from moeconv.explain import disk_of, size
 from moeconv.files import Files, WriteFile
 from moeconv.header import HeaderError, read_json
-from moeconv.plan import Plan, TargetFile, index_path
+from moeconv.plan import Plan, index_path
+from moeconv.shards import TargetFile
 from moeconv.steps import Task
 
 MAX_JOURNAL_BYTES = 1 << 30

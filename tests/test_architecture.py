@@ -18,9 +18,9 @@ ORDER = [
     "__init__", "errors", "files", "device", "tensors", "dims", "names", "ops", "yamldoc", "recipe", "recipe_file",
     "header", "formats.format", "formats.strips", "formats.rows", "formats.fp4", "formats.fp8", "formats.integers",
     "formats", "checkpoint", "encoded", "config_json", "forms", "units", "suspects", "layouts", "moves", "unpacked",
-    "steps", "engines", "scheme", "plan", "budget", "quantize", "explain", "manifest", "selection", "transcoder",
-    "worker", "pool", "writer", "executor", "verify", "inspect", "discover", "drafts", "propose", "progress",
-    "options", "process", "cli", "__main__",
+    "steps", "engines", "scheme", "shards", "plan", "budget", "quantize", "explain", "manifest", "selection",
+    "transcoder", "worker", "pool", "writer", "executor", "verify", "inspect", "discover", "drafts", "propose",
+    "progress", "options", "process", "cli", "__main__",
 ]  # fmt: skip
 
 
