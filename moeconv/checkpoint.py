@@ -20,7 +20,7 @@ from moeconv.errors import CheckpointError, Problem
 from moeconv.files import Files, FileStat
 from moeconv.formats import Decoder
 from moeconv.header import HeaderError, header_length, header_problem, parse_header, read_json
-from moeconv.tensors import Spec, View
+from moeconv.tensors import Spec, View, total_nbytes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -121,7 +121,7 @@ class Checkpoint(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.spec.nbytes for tensor in self.tensors.values())
+        return total_nbytes([tensor.spec for tensor in self.tensors.values()])
 
     def config_values(self, scope: str, key: str) -> Any:
         """The value at a dotted `key` below a dotted `scope` ("." is the top) of config.json, or None."""
@@ -297,9 +297,13 @@ def _weight_map(opening: _Opening, found: Mapping[str, FileStat]) -> tuple[dict[
     if not isinstance(weight_map, dict) or not weight_map:
         opening.problems.append(Problem(f"{root / index} has no weight_map", "Download the index again."))
         return {}, {}, index
+    metadata = parsed.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    if set(map(type, weight_map.values())) == {str} and all(map(_is_file_name, set(weight_map.values()))):
+        return weight_map, metadata, index
     valid: dict[str, str] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or "/" in file or "\\" in file or file in ("", ".", "..") or "\0" in file:
+        if not _is_file_name(file):
             opening.problems.append(
                 Problem(
                     f"{root / index} places {name[:200]!r} in {str(file)[:200]!r}, which is no file name here",
@@ -308,8 +312,12 @@ def _weight_map(opening: _Opening, found: Mapping[str, FileStat]) -> tuple[dict[
             )
         else:
             valid[name] = file
-    metadata = parsed.get("metadata")
-    return valid, metadata if isinstance(metadata, dict) else {}, index
+    return valid, metadata, index
+
+
+def _is_file_name(name: Any) -> bool:
+    """Of a file in the same folder."""
+    return isinstance(name, str) and not set("/\\\0") & set(name) and name not in ("", ".", "..")
 
 
 def _read_headers(
@@ -378,7 +386,10 @@ def _check_index(
         )
     if "" in weight_map:
         return
-    readable = {file.path: number for number, file in enumerate(weights)}
+    paths = [file.path for file in weights]
+    if {name: paths[tensor.file] for name, tensor in tensors.items()} == weight_map:
+        return
+    readable = {path: number for number, path in enumerate(paths)}
     for name, file in weight_map.items():
         if file in readable and (name not in tensors or tensors[name].file != readable[file]):
             opening.problems.append(

@@ -13,7 +13,7 @@ from moeconv.moves import Change
 from moeconv.names import collapse
 from moeconv.ops import Part
 from moeconv.plan import Plan, Value
-from moeconv.tensors import Spec
+from moeconv.tensors import Spec, total_nbytes
 from moeconv.units import Unit
 
 SCHEMA_VERSION = 1
@@ -81,12 +81,8 @@ def _valued(plan: Plan) -> list[Group]:
                 tuple(_collapsed(made)),
                 sum(len(specs) for _, specs in stored),
                 sum(len(specs) for _, specs in made),
-                sum(
-                    part.spec.nbytes
-                    for tensor in sources.values()
-                    for part in (tensor.encoded.parts.values() if tensor.encoded else (tensor,))
-                ),
-                sum(spec.nbytes for _, specs in made for spec in specs),
+                total_nbytes(_specs(sources.values())),
+                total_nbytes([spec for _, specs in made for spec in specs]),
                 str(made[0][1][0]),
             )
         )
@@ -145,14 +141,14 @@ def _changed(plan: Plan, changes: Sequence[Change]) -> Group:
     return Group(
         what, f"{first.unit.layout} -> {layout} by recipe {plan.recipe.name}: {parts}",
         tuple(collapse([spec.name for spec in sources])), tuple(collapse([spec.name for spec in targets])),
-        len(sources), len(targets), sum(spec.nbytes for spec in sources), sum(spec.nbytes for spec in targets),
+        len(sources), len(targets), total_nbytes(sources), total_nbytes(targets),
         str(targets[0]) if targets else "",
     )  # fmt: skip
 
 
 def _copied(what: str, why: str, specs: Sequence[Spec]) -> Group:
     names = tuple(collapse([spec.name for spec in specs]))
-    size = sum(spec.nbytes for spec in specs)
+    size = total_nbytes(specs)
     return Group(what, why, names, names, len(specs), len(specs), size, size, str(specs[0]))
 
 
@@ -208,11 +204,14 @@ def plan_json(plan: Plan, disk: Disk) -> dict[str, Any]:
 
 def _bytes_in(plan: Plan) -> int:
     """Bytes of all tensors of the source as they are stored."""
-    return sum(
-        part.spec.nbytes
-        for tensor in plan.source.tensors.values()
-        for part in (tensor.encoded.parts.values() if tensor.encoded else (tensor,))
-    )
+    return total_nbytes(_specs(plan.source.tensors.values()))
+
+
+def _specs(tensors: Iterable[StoredTensor]) -> list[Spec]:
+    """Of all that is stored of tensors, or of matrices that are quantized."""
+    return [
+        part.spec for tensor in tensors for part in (tensor.encoded.parts.values() if tensor.encoded else (tensor,))
+    ]
 
 
 def unquantized_share(plan: Plan) -> float | None:

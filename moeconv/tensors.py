@@ -8,8 +8,11 @@ hold the same numbers at other places, and converting between them is copying fr
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from math import prod
+from operator import itemgetter
 from typing import NamedTuple
 
 Shape = tuple[int, ...]
@@ -39,6 +42,14 @@ class Spec(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype} {list(self.shape)}"
+
+
+def total_nbytes(specs: Iterable[Spec]) -> int:
+    """Bytes of many tensors, counted by their few kinds."""
+    return sum(_nbytes(dtype, shape) * count for (dtype, shape), count in Counter(map(_KIND, specs)).items())
+
+
+_KIND = itemgetter(1, 2)
 
 
 @cache  # asked for often, and a model has few shapes
