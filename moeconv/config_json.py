@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moeconv.encoded import CONFIG_DTYPES
+from moeconv.encoded import CONFIG_DTYPES, quantization_config
 from moeconv.formats import Format
 
 
@@ -33,8 +33,9 @@ def groups_of(formats: Iterable[tuple[str, Format]]) -> list[Group]:
 
 
 def rewritten(
-    config: Mapping[str, Any], groups: Sequence[Group], kept: Iterable[str], dtype: str | None
-) -> bytes | None:
+    config: Mapping[str, Any], groups: Sequence[Group], kept: Iterable[str], dtype: str | None,
+    carried: Sequence[str] = (),
+) -> bytes | None:  # fmt: skip
     """The file's new content.
 
     Args:
@@ -42,6 +43,7 @@ def rewritten(
         groups: what is quantized; none for a checkpoint in full precision.
         kept: linear modules that are not quantized.
         dtype: of the matrices, where it changes.
+        carried: what is kept of the `quantization_config` that it has now.
 
     Returns:
         None where there is no config.json.
@@ -53,7 +55,8 @@ def rewritten(
         for key in ("quantization_config", "compression_config"):
             holder.pop(key, None)
     if groups:
-        made["quantization_config"] = _quantization_config(groups, sorted(set(kept)))
+        before = {key: value for key, value in quantization_config(config).items() if key in carried}
+        made["quantization_config"] = {**before, **_quantization_config(groups, sorted(set(kept)))}
     name = next((name for name, short in CONFIG_DTYPES.items() if short == dtype), None)
     if name:
         for key in [key for key in ("dtype", "torch_dtype") if key in made] or ["dtype"]:

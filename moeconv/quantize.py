@@ -384,7 +384,9 @@ class _Planner:
     def _config(self, values: Sequence[Value], groups: Sequence[Group]) -> bytes | None:
         kept = [_module(v.fill.target) for v in values if v.format is None and _is_layer(v.fill.target)]
         is_cast = any(value.source or self._dtype(value.fill) != value.fill.target.dtype for value in values)
-        return rewritten(self.stored.config, groups, kept, self.scheme.dtype if is_cast else None)
+        is_copied = any(v.source and v.format and _same(v.source.format, v.format) for v in values)
+        carried = ("scale_fmt",) if is_copied else ()  # how engines treat the scales that stay as they are
+        return rewritten(self.stored.config, groups, kept, self.scheme.dtype if is_cast else None, carried)
 
 
 #: Files beside config.json that say how the source is quantized, which its result is not any more.
@@ -414,9 +416,11 @@ def _module(spec: Spec) -> str:
 
 def _same(one: Decoder | None, other: Decoder | None) -> bool:
     """Readers are told the same of both; how scales were chosen or stored does not matter to them."""
-    if not isinstance(one, Format) or not isinstance(other, Format):
-        return one is other
-    return type(one) is type(other) and one.settings() == other.settings()
+    if one is other:
+        return True
+    if type(one) is not type(other) or not isinstance(one, Format) or not isinstance(other, Format):
+        return False
+    return one.settings() == other.settings()
 
 
 def _source_part(part: StoredPart, tensor: StoredTensor) -> Part:

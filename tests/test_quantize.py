@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from moeconv.engines import entries
 from moeconv.formats import FORMATS, make_format
 from tests.commands import refused, run, succeeds
+from tests.folders import read_folder
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"moe_intermediate_size": 128, "intermediate_size": 256, "num_experts": 12, "head_dim": 64},
@@ -613,3 +614,13 @@ def test_a_dtype_that_changes_nothing_is_not_claimed(sources: dict[str, Path], t
     succeeds("quantize", sources["mixtral"], tmp_path / "made", "--format", "w4a16", "--dtype", "float16")
     config = config_of(tmp_path / "made")
     assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+
+
+def test_what_is_fp8_already_keeps_how_its_scales_are_meant(sources: dict[str, Path], tmp_path: Path) -> None:
+    succeeds("quantize", sources["qwen3_moe"], tmp_path / "made", "--format", "fp8", "--ue8m0")
+    config = config_of(tmp_path / "made")
+    config["quantization_config"]["scale_fmt"] = "ue8m0"
+    (tmp_path / "made" / "config.json").write_text(json.dumps(config))
+    succeeds("quantize", tmp_path / "made", tmp_path / "again", "--format", "fp8")
+    assert config_of(tmp_path / "again")["quantization_config"]["scale_fmt"] == "ue8m0"
+    assert read_folder(tmp_path / "again") == read_folder(tmp_path / "made")
