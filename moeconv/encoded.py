@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
 from typing import Any
 
 from moeconv.checkpoint import Checkpoint, Encoded, StoredTensor
 from moeconv.errors import Problem
 from moeconv.formats import (
     FLOATS,
+    FP4_DIALECTS,
     BlockFp8,
     ChannelFp8,
     ChannelInt8,
     Decoder,
     FineGrainedFp8,
-    GptOssMxfp4,
+    MxFp8,
     PackedInt,
     StoredPart,
-)
+    TensorFp8,
+)  # fmt: skip
 from moeconv.tensors import Shape, Spec
 
 #: Names of dtypes in config.json.
 CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_SCALES = {"BF16", "F16", "F32", "F8_E8M0", "U8"}
+_EXPONENTS = ("F8_E8M0", "U8")
 _BLOCK = 128
 
 
@@ -61,7 +64,7 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
     tensors = dict(source.tensors)
     quantization = quantization_config(source.config)
     method = str(quantization.get("quant_method", ""))
-    if method not in ("", "fp8", "compressed-tensors", "mxfp4"):
+    if method not in ("", "fp8", "compressed-tensors", "mxfp4", "modelopt"):
         problems.append(
             Problem(
                 f"{source.root} is quantized as {method!r}, which cannot be decoded yet",
@@ -91,6 +94,8 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
         own = scale.spec.dtype if scale is not None and scale.spec.dtype in ("BF16", "F16") else None
         for suffix in parts:
             del tensors[f"{module}.{suffix}"]
+        for suffix in STATIC_SCALES:
+            tensors.pop(module + suffix, None)
         first = next(iter(parts.values()))
         spec = Spec(f"{module}.weight", dtype or own or usual, shape)
         tensors[spec.name] = StoredTensor(spec, first.file, first.offset, Encoded(made, parts))
@@ -105,15 +110,22 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
     return source._replace(tensors=tensors)
 
 
-_SUFFIXES = ("weight", "weight_packed", "weight_scale_inv", "weight_scale", "weight_zero_point", "weight_shape",
-             "input_scale", "weight_blocks", "weight_scales")  # fmt: skip
+_SUFFIXES = (
+    "weight", "weight_packed", "weight_blocks", "weight_scale_inv", "weight_scale", "weight_scales", "scale",
+    "weight_zero_point", "weight_shape", "weight_global_scale", "weight_scale_2",
+)  # fmt: skip
+#: Scales for activations that were measured; nothing that decodes a matrix needs them.
+STATIC_SCALES = (".input_scale", ".input_global_scale")
 
 
 def _modules(tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
     for name in tensors:
-        for suffix in (".weight_scale_inv", ".weight_scale", ".weight_scales"):
-            if name.endswith(suffix):
-                yield name.removesuffix(suffix)
+        if name.endswith(("scale", "scale_inv", "scales")):
+            module, _, suffix = name.rpartition(".")
+            if suffix in ("weight_scale_inv", "weight_scale", "weight_scales") or (
+                suffix == "scale" and (codes := tensors.get(f"{module}.weight")) and codes.spec.dtype in _CODES
+            ):
+                yield module
 
 
 def _format_of(
@@ -121,52 +133,59 @@ def _format_of(
 ) -> tuple[Shape, Decoder] | str:
     """Shape and format of a quantized matrix, or why it cannot be read."""
     specs = {suffix: tensor.spec for suffix, tensor in parts.items()}
-    if "weight_scales" in specs:
-        return _blocks_format(specs)
-    scale = specs.get("weight_scale_inv") or specs["weight_scale"]
-    if "input_scale" in specs:
-        return "it has a static scale for activations, which no target keeps"
-    if scale.dtype not in _SCALES or len(scale.shape) != 2:
-        return f"its scale {scale} is of no known form"
-    if "weight_packed" in specs:
-        return _packed_format(specs, schemes)
-    weight = specs.get("weight")
-    if weight is None or len(weight.shape) != 2:
-        return "it has scales and no matrix of codes"
-    rows, columns = weight.shape
-    blocks = (-(-rows // _BLOCK), -(-columns // _BLOCK))
-    if weight.dtype == "F8_E4M3" and "weight_scale_inv" in specs:
-        size = quantization.get("weight_block_size")
-        if size not in (None, [_BLOCK, _BLOCK]):
-            return f"its blocks are {size}; only [128, 128] are known"
-        if scale.shape == blocks:
-            return weight.shape, FineGrainedFp8(scale.dtype in ("F8_E8M0", "U8"), scale.dtype)
-    elif weight.dtype == "F8_E4M3" and scale.shape == (rows, 1) and blocks != (rows, 1):
-        return weight.shape, ChannelFp8()
-    elif weight.dtype == "F8_E4M3" and scale.shape == blocks:
-        return weight.shape, BlockFp8()
-    elif weight.dtype == "I8" and scale.shape == (rows, 1):
-        return weight.shape, ChannelInt8()
-    return f"its scale {scale} does not belong to {weight}"
+    size = quantization.get("weight_block_size")
+    if "weight_scale_inv" in specs and size not in (None, [_BLOCK, _BLOCK]):
+        return f"its blocks are {size}; only [128, 128] are known"
+    if any(scheme.get("actorder") in ("group", "dynamic") for scheme in schemes[:1]) and "weight_packed" in specs:
+        return "its columns are in order of activation, which cannot be read"
+    for shape, made in _candidates(specs, schemes):
+        scale = specs.get("weight_scale")
+        wanted = {part.suffix: part for part in made.parts(shape, scale.dtype if scale else "")}
+        needed = {suffix for suffix in wanted if suffix != "weight_shape"}
+        if needed <= set(specs) <= set(wanted) and all(_is_part(spec, wanted[key]) for key, spec in specs.items()):
+            return shape, made
+    shown = ", ".join(f"{suffix} {spec.dtype} {list(spec.shape)}" for suffix, spec in specs.items())
+    return f"its tensors are of no known form: {shown}"
 
 
-def _blocks_format(specs: Mapping[str, Spec]) -> tuple[Shape, Decoder] | str:
-    codes, scales = specs.get("weight_blocks"), specs["weight_scales"]
-    shape = (scales.shape[0], 32 * scales.shape[-1]) if len(scales.shape) == 2 else ()
-    if codes is None or not shape:
-        return f"its scales {scales} are of no known form"
-    made = GptOssMxfp4()
-    wanted = [(part.dtype, part.shape) for part in made.parts(shape, "BF16")]
-    if [spec[1:] for spec in (codes, scales)] != wanted:
-        return f"{codes} and {scales} do not belong to a matrix in MXFP4"
-    return shape, made
+_CODES = ("F8_E4M3", "I8", "U8")
 
 
-def _packed_format(specs: Mapping[str, Spec], schemes: Sequence[Mapping[str, Any]]) -> tuple[Shape, Decoder] | str:
-    packed, scale = specs["weight_packed"], specs["weight_scale"]
-    if packed.dtype != "I32" or len(packed.shape) != 2 or scale.dtype not in FLOATS:
-        return f"{packed} is of no known form"
-    fitting = []
+def _candidates(specs: Mapping[str, Spec], schemes: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Shape, Decoder]]:
+    """Formats that the codes may have, with the shape of the matrix."""
+    codes = next((specs[key] for key in ("weight", "weight_packed", "weight_blocks") if key in specs), None)
+    scale = next((specs[key] for key in ("weight_scale_inv", "weight_scale", "scale") if key in specs), None)
+    if codes is None or len(codes.shape) < 2:
+        return
+    if codes.dtype == "F8_E4M3" and scale is not None:
+        fine_grained = FineGrainedFp8(
+            scale.dtype in ("F8_E8M0", "U8"), scale.dtype, "scale" if "scale" in specs else "weight_scale_inv"
+        )
+        tensor = TensorFp8(scale.shape) if scale.shape in ((), (1,)) else None
+        channel = ChannelFp8() if scale.shape != fine_grained.parts(codes.shape, "")[1].shape else None
+        exponents = MxFp8("weight_scale_inv" if "weight_scale_inv" in specs else "weight_scale", scale.dtype)
+        for made in (fine_grained, channel, BlockFp8(), tensor, exponents if scale.dtype in _EXPONENTS else None):
+            if made is not None:
+                yield codes.shape, made
+    if codes.dtype == "I8":
+        yield codes.shape, ChannelInt8()
+    if codes.dtype == "I32":
+        yield from _packed_formats(codes, specs, schemes)
+    for dialect in FP4_DIALECTS:
+        if dialect.codes == (_suffix(codes, specs), codes.dtype):
+            yield (codes.shape[0], 2 * prod(codes.shape[1:])), dialect
+
+
+def _suffix(spec: Spec, specs: Mapping[str, Spec]) -> str:
+    return next(suffix for suffix, other in specs.items() if other is spec)
+
+
+def _packed_formats(
+    packed: Spec, specs: Mapping[str, Spec], schemes: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[Shape, Decoder]]:
+    scale = specs.get("weight_scale")
+    if scale is None or len(scale.shape) != 2 or scale.dtype not in FLOATS:
+        return
     for group in schemes:
         bits, size = group.get("num_bits"), group.get("group_size")
         if group.get("strategy") == "channel" and bits in (4, 8):
@@ -175,15 +194,8 @@ def _packed_format(specs: Mapping[str, Spec], schemes: Sequence[Mapping[str, Any
             continue
         made = PackedInt(bits, "weight_zero_point" not in specs, size)
         shape = (packed.shape[0], scale.shape[1] * size)
-        if group.get("actorder") in ("group", "dynamic"):
-            return "its columns are in order of activation, which cannot be read"
-        if made.refusal(shape, scale.dtype) is None and all(
-            part.suffix not in specs or _is_part(specs[part.suffix], part) for part in made.parts(shape, scale.dtype)
-        ):
-            fitting.append((shape, made))
-    if not fitting:
-        return f"{packed} and its scale {scale} fit no group of quantization_config"
-    return fitting[0]
+        if group.get("actorder") not in ("group", "dynamic") and made.refusal(shape, scale.dtype) is None:
+            yield shape, made
 
 
 def _is_part(spec: Spec, part: StoredPart) -> bool:
@@ -198,9 +210,9 @@ def format_of_module(specs: Iterable[Spec], config: Mapping[str, Any]) -> str | 
     for spec in specs:
         stem, _, suffix = spec.name.rpartition(".")
         module = module or stem
-        if stem == module:
+        if stem == module and f".{suffix}" not in STATIC_SCALES:
             parts[suffix] = StoredTensor(spec, 0, 0)
-    if not {"weight_scale", "weight_scale_inv", "weight_scales"} & set(parts):
+    if not any(suffix in parts for suffix in ("weight_scale", "weight_scale_inv", "weight_scales", "scale")):
         return None
     quantization = quantization_config(config)
     found = _format_of(parts, quantization, _schemes(_groups(quantization), module))

@@ -16,7 +16,7 @@ from typing import Any
 from moeconv.budget import transcoding_memory
 from moeconv.checkpoint import Checkpoint, Encoded, LeftOut, StoredTensor
 from moeconv.config_json import Group, groups_of, rewritten
-from moeconv.encoded import decoded_view
+from moeconv.encoded import STATIC_SCALES, decoded_view
 from moeconv.engines import KEPT, MIXED, format_readings
 from moeconv.errors import PlanError, Problem
 from moeconv.formats import FLOATS, Decoder, Format, StoredPart
@@ -371,6 +371,9 @@ class _Planner:
         lines = []
         if plain * 4 > whole:
             lines.append(f"{100 * plain // whole} % of the bytes stay unquantized")
+        static = [name for name in self.stored.tensors if name.endswith(STATIC_SCALES)]
+        if static and not any(name in self.source.tensors for name in static):
+            lines.append(f"{len(static):,} static scales for activations are dropped: no format here keeps them")
         unknown = [
             value.fill.target.name for value in values if value.format is None and value.why.startswith("not known")
         ]
@@ -440,4 +443,5 @@ def _parts_of(made: Decoder, shape: Shape, dtype: str) -> tuple[StoredPart, ...]
 
 
 def _part(suffix: str, spec: Spec, file: int, offset: int, rows: int) -> Part:
-    return Part(suffix, spec.dtype, file, offset, spec.nbytes // max(1, spec.shape[0]), spec.shape[0], rows)
+    size = spec.shape[0] if spec.shape else 1
+    return Part(suffix, spec.dtype, file, offset, spec.nbytes // max(1, size), size, rows)

@@ -350,17 +350,6 @@ def test_packed_experts_are_decoded_as_unpacked_ones(
         succeeds("verify", tmp_path / "other", "--against", tmp_path / "packed")
 
 
-@pytest.mark.parametrize("command", [["dequantize"], ["quantize", "--format", "w8a16"]], ids=lambda words: words[0])
-@pytest.mark.parametrize("form", ["fp4_scale", "mxfp8", "mxfp8_ct", "nvfp4", "mxfp4"])
-def test_packed_codes_are_not_taken_for_numbers(tmp_path: Path, form: str, command: list[str]) -> None:
-    source = write_folder(tmp_path / "source", experts(form), CONFIG, 1)
-    succeeds("pack", source, tmp_path / "packed")
-    name, *options = command
-    message = refused(name, tmp_path / "packed", tmp_path / "made", *options, within=tmp_path)
-    assert "experts" in message
-    assert "Start from the checkpoint in full precision" in message
-
-
 GPT_OSS = {"num_local_experts": 6, "intermediate_size": 32, "hidden_size": 64, "num_hidden_layers": 2,
            "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 96,
            "layer_types": ["full_attention"] * 2}  # fmt: skip
@@ -418,13 +407,6 @@ def test_broken_mxfp4_of_gpt_oss_is_refused(tmp_path: Path, change: str) -> None
     broken = write_folder(tmp_path / "broken", tensors, config_of(source), 1)
     message = refused("dequantize", broken, tmp_path / "made", within=tmp_path)
     assert "down_proj" in message
-
-
-@pytest.mark.parametrize("form", ["fp8_scale", "fp4_scale", "mxfp8", "nvfp4", "mxfp4", "modelopt_nvfp4", "per_tensor"])
-def test_codes_that_cannot_be_decoded_are_refused(tmp_path: Path, form: str) -> None:
-    source = write_folder(tmp_path / "source", experts(form), CONFIG, 1)
-    message = refused("dequantize", source, tmp_path / "made", within=tmp_path)
-    assert "model.layers.0.mlp.experts" in message or "model.layers.0: experts quantized in the form" in message
 
 
 def test_every_form_of_the_table_is_tested() -> None:

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from moeconv.formats.format import FLOATS, Decoder, Format, StoredPart
-from moeconv.formats.fp4 import GptOssMxfp4
-from moeconv.formats.fp8 import BlockFp8, ChannelFp8, FineGrainedFp8
+from moeconv.formats.fp4 import FP4_DIALECTS
+from moeconv.formats.fp8 import BlockFp8, ChannelFp8, FineGrainedFp8, MxFp8, TensorFp8
 from moeconv.formats.integers import ChannelInt8, PackedInt
 
 __all__ = [
-    "FLOATS", "FORMATS", "BlockFp8", "ChannelFp8", "ChannelInt8", "Decoder", "FineGrainedFp8", "Format", "GptOssMxfp4",
-    "PackedInt", "StoredPart", "format_name", "make_format",
+    "FLOATS", "FORMATS", "FP4_DIALECTS", "BlockFp8", "ChannelFp8", "ChannelInt8", "Decoder", "FineGrainedFp8", "Format",
+    "MxFp8", "PackedInt", "StoredPart", "TensorFp8", "format_name", "make_format",
 ]  # fmt: skip
 
 #: Formats that can be written, by name, and the options that each takes with the type of their values.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from moeconv.formats.format import Format, StoredPart
+from moeconv.formats.format import Decoder, Format, StoredPart
 from moeconv.formats.rows import RowFormat
 from moeconv.formats.strips import amax, by_group, float_strips, scale_of, strips
 from moeconv.tensors import Shape
@@ -113,15 +113,18 @@ class FineGrainedFp8(_Fp8):
 
     Args:
         ue8m0: multipliers are powers of two (`scale_fmt: ue8m0`), stored as F32.
+        scale_dtype: of multipliers that are read.
+        suffix: what multipliers that are read are called.
     """
 
     name = "fp8"
     quant_method = "fp8"
     row_multiple = BLOCK
 
-    def __init__(self, ue8m0: bool = False, scale_dtype: str = "F32") -> None:
+    def __init__(self, ue8m0: bool = False, scale_dtype: str = "F32", suffix: str = "weight_scale_inv") -> None:
         self.ue8m0 = ue8m0
         self.scale_dtype = scale_dtype
+        self.suffix = suffix
 
     def refusal(self, shape: Shape, dtype: str) -> str | None:
         refused = super().refusal(shape, dtype)
@@ -132,7 +135,7 @@ class FineGrainedFp8(_Fp8):
     def parts(self, shape: Shape, dtype: str) -> tuple[StoredPart, ...]:
         return (
             StoredPart("weight", "F8_E4M3", shape, 1),
-            StoredPart("weight_scale_inv", self.scale_dtype, self._blocks_shape(shape), BLOCK),
+            StoredPart(self.suffix, self.scale_dtype, self._blocks_shape(shape), BLOCK),
         )
 
     def encode(self, tile: Tensor) -> tuple[Tensor, ...]:
@@ -150,7 +153,7 @@ class FineGrainedFp8(_Fp8):
         return _encode_blocks(tile, scale, divided=False), inverse
 
     def decode(self, parts: Mapping[str, Tensor], columns: int, dtype: torch.dtype | None = None) -> Tensor:
-        return _decode_blocks(parts["weight"], parts["weight_scale_inv"], columns, dtype)
+        return _decode_blocks(parts["weight"], parts[self.suffix], columns, dtype)
 
     def settings(self) -> dict[str, Any]:
         scale = {"scale_fmt": "ue8m0"} if self.ue8m0 else {}
@@ -205,6 +208,57 @@ class BlockFp8(_Fp8):
             "weights": _arguments(strategy="block", dynamic=False, block_structure=[BLOCK, BLOCK]),
             "input_activations": _arguments(strategy="group", dynamic=True, group_size=BLOCK),
         }
+
+
+class MxFp8(Decoder):
+    """E4M3 with a power of two for 32 columns, a byte e for 2 ^ (e - 127): MXFP8 of compressed-tensors and ModelOpt."""
+
+    name = "mxfp8a16"
+    live_nbytes = 13
+    group = 32
+
+    def __init__(self, suffix: str = "weight_scale", scale_dtype: str = "U8") -> None:
+        self.suffix = suffix
+        self.scale_dtype = scale_dtype
+
+    def parts(self, shape: Shape, dtype: str) -> tuple[StoredPart, ...]:
+        return (
+            StoredPart("weight", "F8_E4M3", shape, 1),
+            StoredPart(self.suffix, self.scale_dtype, (shape[0], shape[1] // self.group), 1),
+        )
+
+    def decode(self, parts: Mapping[str, Tensor], columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        import torch
+
+        codes, scales = parts["weight"], parts[self.suffix]
+        scales = scales.view(torch.float8_e8m0fnu).float()
+        decoded = torch.empty(codes.shape, dtype=dtype or torch.float32, device=codes.device)
+        for strip in strips(codes):
+            values = by_group(_floats(codes[strip]), self.group)
+            decoded[strip] = values.mul_(scales[strip][..., None]).flatten(1)
+        return decoded
+
+
+class TensorFp8(Decoder):
+    """E4M3 with one float32 multiplier for the matrix (ModelOpt FP8, AutoFP8), a number or an axis of one."""
+
+    name = "fp8_tensor"
+    live_nbytes = 13
+
+    def __init__(self, shape: Shape = ()) -> None:
+        self._shape = shape
+
+    def parts(self, shape: Shape, dtype: str) -> tuple[StoredPart, ...]:
+        return StoredPart("weight", "F8_E4M3", shape, 1), StoredPart("weight_scale", dtype, self._shape, shape[0])
+
+    def decode(self, parts: Mapping[str, Tensor], columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        import torch
+
+        codes, scale = parts["weight"], parts["weight_scale"].float()
+        decoded = torch.empty(codes.shape, dtype=dtype or torch.float32, device=codes.device)
+        for strip in strips(codes):
+            decoded[strip] = _floats(codes[strip]).mul_(scale)
+        return decoded
 
 
 def _arguments(**own: Any) -> dict[str, Any]:

@@ -1,0 +1,170 @@
+"""Every form of quantized experts that moeconv reads, against arithmetic of its own and against compressed-tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme  # type: ignore[import-untyped]
+from torch import Tensor
+
+from moeconv.encoded import format_of_module
+from moeconv.formats import FP4_DIALECTS, Decoder, MxFp8
+from moeconv.forms import load_forms
+from moeconv.tensors import Spec
+from tests.commands import refused, succeeds
+from tests.compressed import compressor_of
+from tests.folders import read_folder
+from tests.meter import Meter
+from tests.test_forms import CONFIG, E, H, I, folder_tensors, save, stored
+
+TORCH = {
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "I8": torch.int8, "U8": torch.uint8,
+    "I32": torch.int32, "I64": torch.int64, "BF16": torch.bfloat16, "F32": torch.float32,
+}  # fmt: skip
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+FORMS = [
+    "fp8", "fp8_scale", "fp4_scale", "mxfp8", "mxfp8_ct", "nvfp4", "mxfp4", "modelopt_nvfp4", "per_tensor",
+    "per_tensor_array", "channel int8",
+]  # fmt: skip
+
+
+def matrix(form: str, rows: int, columns: int, seed: int) -> dict[str, Tensor]:
+    """All that a quantized matrix consists of: any codes, scales near those of trained models."""
+    random = torch.Generator().manual_seed(seed)
+    made = {}
+    for word, (dtype, shape) in stored(form, rows, columns).items():
+        if "scale" in word and dtype in ("U8", "F8_E8M0"):
+            made[word] = torch.randint(112, 125, shape, generator=random, dtype=torch.uint8).view(TORCH[dtype])
+        elif "scale" in word and dtype == "F8_E4M3":
+            made[word] = torch.randint(1, 0x7F, shape, generator=random, dtype=torch.uint8).view(TORCH[dtype])
+        elif "scale" in word:
+            made[word] = (torch.rand(shape, generator=random) * 0.1 + 0.01).to(TORCH[dtype])
+        else:
+            codes = torch.randint(0, 256, (*shape[:-1], shape[-1] * TORCH[dtype].itemsize), generator=random)
+            if dtype == "F8_E4M3":  # no NaN
+                codes[(codes & 0x7F) == 0x7F] = 0
+            made[word] = codes.to(torch.uint8).view(TORCH[dtype])
+    return made
+
+
+def decoded(form: str, parts: dict[str, Tensor]) -> Tensor:
+    """In float32, by tables."""
+    codes = parts.get("weight", parts.get("weight_packed"))
+    assert codes is not None
+    scales = {word: item for word, item in parts.items() if word.endswith(("scale", "scale_inv", "scale_2"))}
+    scale = next(item for word, item in scales.items() if word in ("scale", "weight_scale", "weight_scale_inv"))
+    if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
+        factors = torch.exp2(scale.view(torch.uint8).float() - 127)
+    else:
+        factors = scale.float()
+    if "weight_global_scale" in parts:
+        factors = factors / parts["weight_global_scale"]
+    if "weight_scale_2" in parts:
+        factors = factors * parts["weight_scale_2"]
+    if codes.dtype in (torch.uint8,) or form == "fp4_scale":
+        pairs = codes.view(torch.uint8).long()
+        numbers = torch.stack((E2M1[pairs & 15], E2M1[pairs >> 4]), -1).flatten(1)
+    else:
+        numbers = codes.float()
+    rows, columns = numbers.shape
+    if form in ("fp8", "fp8_scale"):
+        return numbers * factors.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    if factors.dim() < 2:
+        return numbers * factors
+    return numbers * factors.repeat_interleave(columns // factors.shape[1], 1)
+
+
+def checkpoint(folder: Path, form: str) -> Path:
+    tensors = {"model.layers.0.input_layernorm.weight": torch.ones(H, dtype=torch.bfloat16)}
+    for number, (name, (rows, columns)) in enumerate(names().items()):
+        tensors |= {f"{name}.{word}": item for word, item in matrix(form, rows, columns, number).items()}
+    return save(folder, tensors, CONFIG)
+
+
+def names() -> dict[str, tuple[int, int]]:
+    sizes = {"gate_proj": (I, H), "up_proj": (I, H), "down_proj": (H, I)}
+    return {f"model.layers.0.mlp.experts.{e}.{part}": size for e in range(E) for part, size in sizes.items()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_decoded_one_by_one_and_packed(tmp_path: Path, form: str) -> None:
+    source = checkpoint(tmp_path / "source", form)
+    succeeds("dequantize", source, tmp_path / "plain")
+    found = folder_tensors(tmp_path / "plain")
+    assert set(found) == {f"{name}.weight" for name in names()} | {"model.layers.0.input_layernorm.weight"}
+    for number, (name, (rows, columns)) in enumerate(names().items()):
+        wanted = decoded(form, matrix(form, rows, columns, number)).to(torch.bfloat16)
+        assert wanted.isfinite().all()
+        assert torch.equal(found[f"{name}.weight"].view(torch.int16), wanted.view(torch.int16)), name
+    succeeds("verify", tmp_path / "plain", "--against", source)
+    if form not in ("modelopt_nvfp4", "per_tensor"):  # scales without an axis stay one by one
+        succeeds("pack", source, tmp_path / "packed")
+        succeeds("dequantize", tmp_path / "packed", tmp_path / "again")
+        assert read_folder(tmp_path / "again") == read_folder(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_quantized_again_in_one_pass(tmp_path: Path, form: str) -> None:
+    source = checkpoint(tmp_path / "source", form)
+    succeeds("dequantize", source, tmp_path / "plain")
+    succeeds("quantize", tmp_path / "plain", tmp_path / "two", "--format", "w8a16")
+    result = succeeds("quantize", source, tmp_path / "one", "--format", "w8a16")
+    assert read_folder(tmp_path / "one") == read_folder(tmp_path / "two")
+    has_static = any(word.startswith("input") for word in stored(form, I, H))
+    assert ("static scales for activations are dropped" in result.err) == has_static
+
+
+def test_every_form_of_the_table_is_decoded() -> None:
+    written = {"channel", "fp8_block", "int4", "int8"}  # by formats, held in test_quantize.py
+    assert {form.name for form in load_forms()} <= {*FORMS, *written}
+
+
+@pytest.mark.parametrize("form", ["fp8_scale", "mxfp8_ct", "nvfp4", "mxfp4"])
+def test_a_scale_of_another_shape_is_refused(tmp_path: Path, form: str) -> None:
+    source = checkpoint(tmp_path / "source", form)
+    tensors = folder_tensors(source)
+    name = next(
+        name for name in tensors if name.endswith("experts.3.up_proj.weight_scale") or name.endswith("up_proj.scale")
+    )
+    tensors[name] = tensors[name][:-1]
+    save(tmp_path / "broken", tensors, CONFIG)
+    message = refused("dequantize", tmp_path / "broken", tmp_path / "plain", within=tmp_path)
+    assert "up_proj" in message
+
+
+PRESETS = {"nvfp4": "NVFP4A16", "mxfp4": "MXFP4A16", "mxfp8_ct": "MXFP8A16"}
+
+
+@pytest.mark.parametrize("form", PRESETS)
+def test_compressed_tensors_decodes_to_the_same(form: str) -> None:
+    scheme: QuantizationScheme = preset_name_to_scheme(PRESETS[form], ["Linear"])
+    parts = matrix(form, 64, 128, 7)
+    reference = compressor_of(scheme).decompress(
+        {word: item for word, item in parts.items() if not word.startswith("input")}, scheme
+    )["weight"]
+    assert torch.equal(decoded(form, parts).to(reference.dtype), reference)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_is_known_by_the_name_of_its_format(form: str) -> None:
+    specs = [Spec(f"a.{word}", dtype, shape) for word, (dtype, shape) in stored(form, I, H).items()]
+    name = format_of_module(specs, CONFIG)
+    assert name in {
+        *(dialect.name for dialect in FP4_DIALECTS), MxFp8.name, "fp8", "w8a8", "fp8_tensor",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("decoder", [*FP4_DIALECTS, MxFp8()], ids=lambda decoder: decoder.name)
+def test_decoding_holds_no_more_than_it_says(decoder: Decoder) -> None:
+    rows, columns = 256, 4096
+    parts = {}
+    for part in decoder.parts((rows, columns), "F32"):
+        size = torch.zeros(part.shape).numel() * TORCH[part.dtype].itemsize
+        raw = torch.randint(1, 0x7F, (size,), dtype=torch.uint8)
+        shape = (part.shape[0], -1) if len(part.shape) > 1 else part.shape
+        parts[part.suffix] = raw.view(TORCH[part.dtype]).reshape(shape)
+    with Meter(*parts.values()) as used:
+        decoder.decode(parts, columns, torch.bfloat16)
+    assert used.peak <= decoder.live_nbytes * rows * columns
