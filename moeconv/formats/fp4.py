@@ -6,10 +6,10 @@ formats (OCP Microscaling specification 1.0) a group has 32 columns and the scal
 
 | | codes | scales | of the matrix |
 |---|---|---|---|
-| gpt-oss | `weight_blocks` [N, K/32, 16] | `weight_scales` [N, K/32] | |
+| MXFP4 in blocks, OpenAI | `weight_blocks` [N, K/32, 16] | `weight_scales` [N, K/32] | |
 | MXFP4, compressed-tensors | `weight_packed` [N, K/2] | `weight_scale` [N, K/32] | |
 | MXFP4, ModelOpt | `weight` [N, K/2] | `weight_scale` [N, K/32] | |
-| DeepSeek-V4 | `weight` [N, K/2], I8 | `scale` [N, K/32] | |
+| MXFP4 with E8M0 | `weight` [N, K/2], I8 | `scale` [N, K/32] | |
 | NVFP4, compressed-tensors | `weight_packed` [N, K/2] | `weight_scale` [N, K/16] | `weight_global_scale` [1], divides |
 | NVFP4, ModelOpt | `weight` [N, K/2] | `weight_scale` [N, K/16] | `weight_scale_2` [], multiplies |
 """
@@ -81,14 +81,14 @@ class GroupFp4(Decoder):
         return decoded
 
 
-GPT_OSS_MXFP4 = GroupFp4("gptoss_mxfp4", 32, ("weight_blocks", "U8"), ("weight_scales", "U8"), has_blocks=True)
+BLOCKS_MXFP4 = GroupFp4("gptoss_mxfp4", 32, ("weight_blocks", "U8"), ("weight_scales", "U8"), has_blocks=True)
 #: All that can be read.
 FP4_DIALECTS = (
-    GPT_OSS_MXFP4,
+    BLOCKS_MXFP4,
     GroupFp4("mxfp4a16", 32, ("weight_packed", "U8"), ("weight_scale", "U8")),
     GroupFp4("modelopt_mxfp4", 32, ("weight", "U8"), ("weight_scale", "U8")),
-    GroupFp4("deepseek_fp4", 32, ("weight", "I8"), ("scale", "F8_E8M0")),
-    GroupFp4("deepseek_fp4", 32, ("weight", "I8"), ("scale", "U8")),
+    GroupFp4("fp4_e8m0", 32, ("weight", "I8"), ("scale", "F8_E8M0")),
+    GroupFp4("fp4_e8m0", 32, ("weight", "I8"), ("scale", "U8")),
     GroupFp4("nvfp4a16", 16, ("weight_packed", "U8"), ("weight_scale", "F8_E4M3"), "weight_global_scale", True),
     GroupFp4("modelopt_nvfp4", 16, ("weight", "U8"), ("weight_scale", "F8_E4M3"), "weight_scale_2"),
 )
