@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from moeconv.errors import UsageError
-from moeconv.plan import BASELINE_BYTES, COPY_BUFFER_BYTES, TORCH_BYTES, Memory, Options, default_jobs
+from moeconv.plan import BASELINE_BYTES, COPY_BUFFER_BYTES, TORCH_BYTES, Memory, Options
 from moeconv.steps import Decode, Step, Transcode, staged_nbytes, tile_rows, whole_run
 from moeconv.tensors import DTYPE_BITS
 
@@ -40,19 +40,18 @@ class _Needs(NamedTuple):
     device: int
 
 
-def transcoding_memory(steps: Sequence[Step], names: int, tasks: int, options: Options) -> Memory:
+def transcoding_memory(steps: Sequence[Step], names: int, jobs: int, options: Options) -> Memory:
     """What the run needs at most.
 
     Args:
-        steps: all of the plan.
+        steps: of the plan, one of each kind at least.
         names: bytes for the names of all tensors.
-        tasks: how many there are.
+        jobs: workers that are wanted.
         options: threads, budgets and devices.
 
     Raises:
         UsageError: a budget that is too small, with the least that works.
     """
-    jobs = default_jobs(options.jobs, tasks)
     transcodes = list({_kind(step): step for step in steps if isinstance(step, Transcode)}.values())
     on_gpu = options.devices != ("cpu",) and bool(transcodes)
     baseline = BASELINE_BYTES + (TORCH_BYTES if transcodes else 0) + (CUDA_BYTES if on_gpu else 0)

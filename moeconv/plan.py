@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 from moeconv import __version__
@@ -24,7 +25,7 @@ from moeconv.moves import Change, Fill, change
 from moeconv.recipe import Recipe
 from moeconv.scheme import Scheme
 from moeconv.shards import TargetFile, place_specs
-from moeconv.steps import Copy, Rearrange, Step, Task, needs_whole_bytes, steps_of, tasks_of
+from moeconv.steps import TASK_BYTES, Copy, Step, Task, needs_whole_bytes, steps_of, tasks_of
 from moeconv.tensors import Spec
 from moeconv.units import Unit, layout_lines
 
@@ -139,7 +140,7 @@ class Plan:
         copied: tensors that no rule matches; copied.
         files: weight files to write.
         index: content of the index file; empty for a single weight file.
-        tasks: the work, in the order of the targets.
+        make_tasks: makes the work, in the order of the targets, once; to look at a plan does not need it.
         memory: see `Memory`.
         readings: which engines read the result.
         warnings: what the user should know, none of which stops the run.
@@ -158,7 +159,7 @@ class Plan:
     copied: tuple[StoredTensor, ...]
     files: tuple[TargetFile, ...]
     index: bytes
-    tasks: tuple[Task, ...]
+    make_tasks: Callable[[], tuple[Task, ...]]
     memory: Memory
     readings: tuple[Reading, ...]
     warnings: tuple[str, ...]
@@ -166,6 +167,11 @@ class Plan:
     scheme: Scheme | None = None
     values: tuple[Value, ...] = ()
     config: bytes | None = None
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The work, in the order of the targets; their ids are the same in every run."""
+        return self.make_tasks()
 
     @property
     def output_nbytes(self) -> int:
@@ -216,10 +222,15 @@ def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | Non
         raise PlanError.of(problems)
     specs = [spec for made in changes for spec in made.targets] + [tensor.spec for tensor in copied]
     files, places, index = place_specs([(spec,) for spec in specs], source, options.max_shard_nbytes)
-    steps: list[Step] = [step for fill in fills for step in steps_of(fill, places[fill.target.name])]
-    steps += [Copy(tensor.file, tensor.offset, *places[tensor.spec.name], tensor.spec.nbytes) for tensor in copied]
-    tasks = tasks_of(steps, [file.path for file in files])
-    memory = _memory(source, files, tasks, options)
+
+    @cache
+    def make_tasks() -> tuple[Task, ...]:
+        steps: list[Step] = [step for fill in fills for step in steps_of(fill, places[fill.target.name])]
+        steps += [Copy(tensor.file, tensor.offset, *places[tensor.spec.name], tensor.spec.nbytes) for tensor in copied]
+        return tasks_of(steps, [file.path for file in files])
+
+    rearranges = any(move.route.run is None for fill in fills for move in fill.moves)
+    memory = _memory(source, files, rearranges, jobs_of(files, make_tasks, options), options)
     held = [(unit, [tensor.spec for tensor in unit.tensors()]) for unit in kept]
     held += [(made.unit, list(made.targets)) for made in changes]
     readers = _readers(source, recipe, layout, held)
@@ -228,7 +239,7 @@ def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | Non
     if forms and goal == "packed" and all(reading.reads == "unknown" for reading in readers):
         warnings.append(f"no engine is known to read packed experts in the form {', '.join(forms)}")
     return Plan(
-        source, recipe, layout, options, tuple(changes), kept, found.rest, files, index, tasks, memory, readers,
+        source, recipe, layout, options, tuple(changes), kept, found.rest, files, index, make_tasks, memory, readers,
         tuple(warnings), fingerprint_of(source, recipe, layout, options),
     )  # fmt: skip
 
@@ -287,10 +298,16 @@ def default_jobs(asked: int | None, tasks: int | None = None) -> int:
     return wanted if tasks is None else min(wanted, max(1, tasks))
 
 
-def _memory(source: Checkpoint, files: Sequence[TargetFile], tasks: Sequence[Task], options: Options) -> Memory:
-    jobs = default_jobs(options.jobs, len(tasks))
+def jobs_of(files: Sequence[TargetFile], make_tasks: Callable[[], tuple[Task, ...]], options: Options) -> int:
+    """Workers of a run. Only a small one has fewer tasks than workers are wanted, so only then they are made."""
+    wanted = default_jobs(options.jobs)
+    if sum(file.data_nbytes // TASK_BYTES for file in files) >= wanted:
+        return wanted
+    return default_jobs(options.jobs, len(make_tasks()))
+
+
+def _memory(source: Checkpoint, files: Sequence[TargetFile], rearranges: bool, jobs: int, options: Options) -> Memory:
     names = (len(source.tensors) + sum(len(file.specs) for file in files)) * NAME_BYTES
-    rearranges = any(isinstance(step, Rearrange) for task in tasks for step in task.steps)
     smallest = MIN_TILE_BYTES if rearranges else COPY_BUFFER_BYTES
     wanted = min(MAX_TILE_BYTES, max(MIN_TILE_BYTES, ALL_TILES_BYTES // jobs)) if rearranges else COPY_BUFFER_BYTES
     if options.max_memory is None:

@@ -29,6 +29,7 @@ from moeconv.plan import (
     Plan,
     Value,
     fingerprint_of,
+    jobs_of,
     reader_warnings,
     source_warnings,
 )
@@ -36,7 +37,7 @@ from moeconv.recipe import Recipe
 from moeconv.recipe_file import load_recipe
 from moeconv.scheme import Decider, Decision, Scheme
 from moeconv.shards import place_specs
-from moeconv.steps import Content, Decode, Part, Step, Transcode, rearrangement, steps_of, tasks_of
+from moeconv.steps import Content, Decode, Part, Step, Task, Transcode, rearrangement, steps_of, tasks_of
 from moeconv.tensors import DTYPE_BITS, Shape, Spec
 from moeconv.units import Unit
 from moeconv.unpacked import unpacked_view
@@ -122,8 +123,16 @@ class _Planner:
         files, places, index = place_specs(
             [tuple([spec for spec, _ in value.parts]) for value in values], self.source, self.options.max_shard_nbytes
         )
-        steps: list[Step] = [step for value in values for step in self._steps(value, places)]
-        tasks = tasks_of(steps, [file.path for file in files])
+
+        @cache
+        def make_tasks() -> tuple[Task, ...]:
+            steps: list[Step] = [step for value in values for step in self._steps(value, places)]
+            return tasks_of(steps, [file.path for file in files])
+
+        # One of each kind tells what the run needs: a model has some hundred thousand matrices of few kinds.
+        kinds = {_kind(value): value for value in values}
+        examples: list[Step] = [step for value in kinds.values() for step in self._steps(value, places)]
+        jobs = jobs_of(files, make_tasks, self.options)
         config = self._config(values, groups)
         layout = "experts" if changes or not self.quantizes else self._layout(kept)
         formats = sorted({group.format.name for group in groups})
@@ -136,7 +145,7 @@ class _Planner:
         warnings = [*source_warnings(self.source, changes), *self._warnings(values), *reader_warnings(readers)]
         return Plan(
             self.source, self.recipe, layout, self.options, tuple(changes), tuple(kept), found.rest, files, index,
-            tasks, transcoding_memory(steps, names * NAME_BYTES, len(tasks), self.options), readers,
+            make_tasks, transcoding_memory(examples, names * NAME_BYTES, jobs, self.options), readers,
             tuple(warnings), self._fingerprint(), self.scheme, tuple(values), config,
         )  # fmt: skip
 
@@ -402,6 +411,13 @@ def _without_stale_files(source: Checkpoint) -> Checkpoint:
     return source._replace(
         sidecars=tuple(file for file in source.sidecars if file not in stale), left_out=(*source.left_out, *left_out)
     )
+
+
+def _kind(value: Value) -> tuple[object, ...]:
+    """Values of one kind need the same memory."""
+    routes = tuple([id(move.route) for move in value.fill.moves])
+    source = value.source and id(value.source.format)
+    return id(value.format), source, value.fill.target.dtype, value.fill.target.shape, routes
 
 
 def _is_layer(spec: Spec) -> bool:

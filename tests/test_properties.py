@@ -106,7 +106,7 @@ def test_output_does_not_depend_on_jobs_buffer_or_order(
         ]
         random.shuffle(tasks)  # type: ignore[attr-defined]
         memory = one.memory._replace(jobs=jobs, buffer=192 + buffer * 64)
-        other = dataclasses.replace(one, tasks=tuple(tasks), memory=memory)
+        other = dataclasses.replace(one, make_tasks=lambda: tuple(tasks), memory=memory)
         execute(other, source.parent / "other", ["test"], fsync=False)
         for path in (source.parent / "one").iterdir():
             assert path.read_bytes() == (source.parent / "other" / path.name).read_bytes()
