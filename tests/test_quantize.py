@@ -156,6 +156,9 @@ def test_transformers_reads_a_layer_with_kept_experts_as_the_table_says(
     plan = json.loads(succeeds("plan", "quantize", sources[model_type], "--format", name, *ignored, "--json").out)
     assert plan["engines"][0]["reads"] == reads
     succeeds("quantize", sources[model_type], tmp_path / "made", "--format", name, *ignored, "--no-fsync")
+    dtypes = {item.dtype for key, item in folder_tensors(tmp_path / "made").items() if "experts.0." in key}
+    assert torch.bfloat16 in dtypes
+    assert len(dtypes) > 1
     config = config_of(tmp_path / "made")
     del config["quantization_config"]
     plain = save(tmp_path / "plain", {k: rounded(k, v) for k, v in decoded(tmp_path / "made").items()}, config)
