@@ -77,12 +77,13 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
     known: dict[object, tuple[Shape, Decoder]] = {}  # by all that decides; a model has few kinds
     last_words = {name.rpartition(".")[2] for name in source.tensors}
     suffixes = [suffix for suffix in _SUFFIXES if suffix in last_words]
+    static = [suffix for suffix in STATIC_SCALES if suffix[1:] in last_words]
     for module in _modules(source.tensors):
         parts = {
             suffix: tensor for suffix in suffixes if (tensor := source.tensors.get(f"{module}.{suffix}")) is not None
         }
         schemes = _schemes(groups, module)
-        kind = (*map(id, schemes), *((suffix, *tensor.spec[1:]) for suffix, tensor in parts.items()))
+        kind = (*map(id, schemes), *[(suffix, tensor.spec[1:]) for suffix, tensor in parts.items()])
         if kind not in known:
             found = _format_of(parts, quantization, schemes)
             if isinstance(found, str):
@@ -94,7 +95,7 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
         own = scale.spec.dtype if scale is not None and scale.spec.dtype in ("BF16", "F16") else None
         for suffix in parts:
             del tensors[f"{module}.{suffix}"]
-        for suffix in STATIC_SCALES:
+        for suffix in static:
             tensors.pop(module + suffix, None)
         first = next(iter(parts.values()))
         spec = Spec(f"{module}.weight", dtype or own or usual, shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,48 +71,57 @@ def _valued(plan: Plan) -> list[Group]:
     groups = []
     for (what, why), values in alike.items():
         sources = {move.source.spec.name: move.source for value in values for move in value.fill.moves}
-        stored = _stored(sources)
-        made = [(value.fill.target.name, [spec for spec, _ in value.parts]) for value in values]
-        groups.append(
-            Group(
-                what,
-                why,
-                tuple(_collapsed(stored)),
-                tuple(_collapsed(made)),
-                sum(len(specs) for _, specs in stored),
-                sum(len(specs) for _, specs in made),
-                total_nbytes(_specs(sources.values())),
-                total_nbytes([spec for _, specs in made for spec in specs]),
-                str(made[0][1][0]),
-            )
-        )
+        stored, made = _stored(sources.values()), [spec for value in values for spec, _ in value.parts]
+        names_in = _names(names for tensor in sources.values() for names in _source_names(tensor))
+        names_out = _names(map(_target_names, values))
+        nbytes_in, nbytes_out = total_nbytes(stored), total_nbytes(made)
+        counts = len(stored), len(made), nbytes_in, nbytes_out
+        groups.append(Group(what, why, tuple(names_in), tuple(names_out), *counts, str(made[0])))
     order = {"copied": 2, "decoded": 1}
     return sorted(groups, key=lambda group: (order.get(group.what, 0), -group.nbytes_out))
 
 
-def _stored(sources: Mapping[str, StoredTensor]) -> list[tuple[str, list[Spec]]]:
-    """For each matrix the tensors that hold it; tensors that hold several matrices once, by their own names."""
-    stored = []
+def _stored(sources: Iterable[StoredTensor]) -> list[Spec]:
+    """All tensors that matrices are stored as; those that hold several matrices once."""
     wholes: dict[str, Spec] = {}
-    for name, tensor in sources.items():
-        parts = list(tensor.encoded.parts.values()) if tensor.encoded else [tensor]
-        own = [part.spec for part in parts if part.inside is None]
-        wholes.update((part.inside.whole.name, part.inside.whole) for part in parts if part.inside is not None)
-        if own:
-            stored.append((name, own))
-    return stored + [(name, [spec]) for name, spec in wholes.items()]
+    own = []
+    for tensor in sources:
+        for part in tensor.encoded.parts.values() if tensor.encoded else (tensor,):
+            if part.inside is None:
+                own.append(part.spec)
+            else:
+                wholes[part.inside.whole.name] = part.inside.whole
+    return own + list(wholes.values())
 
 
-def _collapsed(matrices: Iterable[tuple[str, Sequence[Spec]]]) -> list[str]:
-    """Names of the tensors that matrices are stored as, collapsed once for all tensors of a matrix."""
-    alike: dict[tuple[str, ...], list[str]] = {}
-    for name, specs in matrices:
-        stem = name.removesuffix("weight")
-        ends = tuple([spec.name.removeprefix(stem) for spec in specs])
-        alike.setdefault(ends, []).append(stem if len(ends) > 1 else specs[0].name)
-    return [
-        line + end for ends, names in alike.items() for line in collapse(names) for end in (ends if ends[1:] else ("",))
-    ]
+#: The names of the tensors of a matrix: one beginning, and their ends.
+_Names = tuple[str, tuple[str, ...]]
+
+
+def _source_names(tensor: StoredTensor) -> list[_Names]:
+    name = tensor.spec.name
+    parts = tensor.encoded.parts if tensor.encoded else {"": tensor}
+    wholes = [(part.inside.whole.name, ("",)) for part in parts.values() if part.inside is not None]
+    return [*wholes] or [(name.removesuffix("weight") if tensor.encoded else name, tuple(parts))]
+
+
+def _target_names(value: Value) -> _Names:
+    first, part = value.parts[0]
+    if part is not None:
+        return value.fill.target.name.removesuffix("weight"), tuple([part.suffix for _, part in value.parts if part])
+    if value.format is not None and value.source is not None:  # copied as it is stored
+        return value.fill.target.name.removesuffix("weight"), tuple(value.source.parts)
+    return first.name, ("",)
+
+
+def _names(matrices: Iterable[_Names]) -> list[str]:
+    """Names of tensors, collapsed once for all tensors of a matrix."""
+    alike: dict[tuple[str, ...], dict[str, None]] = {}
+    for stem, ends in matrices:
+        alike.setdefault(ends, {})[stem] = None
+    return list(
+        dict.fromkeys(line + end for ends, stems in alike.items() for line in collapse(list(stems)) for end in ends)
+    )
 
 
 def _alike(changes: Iterable[Change]) -> list[list[Change]]:

@@ -15,6 +15,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from math import prod
+from operator import itemgetter
 from typing import Any
 
 from moeconv.errors import Problem
@@ -114,7 +115,7 @@ def parse_header(text: bytes, data_nbytes: int) -> tuple[dict[str, str], list[tu
         raise HeaderError("__metadata__ is not a mapping of text to text")
     known: dict[tuple[str, Shape], int] = {}
     placed = [_entry(name, entry, known) for name, entry in parsed.items()]
-    placed.sort(key=lambda item: item[:2])
+    placed.sort(key=_BY_PLACE)
     at = 0
     for begin, end, spec in placed:
         if begin != at:
@@ -146,7 +147,11 @@ def _entry(name: str, entry: Any, known: dict[tuple[str, Shape], int]) -> tuple[
         raise HeaderError(f"{name[:200]!r} has the unknown dtype {str(dtype)[:50]!r}; known: {', '.join(DTYPE_BITS)}")
     if not _are_sizes(shape):
         raise HeaderError(f"{name[:200]!r} has the shape {str(shape)[:100]}; sizes are whole numbers from 0 to 2^63")
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
+    if (
+        type(offsets) is not list
+        or list(map(type, offsets)) != _TWO_INTEGERS
+        or not 0 <= offsets[0] <= offsets[1] < _END
+    ):
         raise HeaderError(f"{name[:200]!r} has the data_offsets {str(offsets)[:100]}")
     kind = dtype, tuple(shape)
     nbytes = known.get(kind)
@@ -162,6 +167,9 @@ def _entry(name: str, entry: Any, known: dict[tuple[str, Shape], int]) -> tuple[
 
 
 _ENTRY = {"dtype", "shape", "data_offsets"}
+_TWO_INTEGERS = [int, int]
+_BY_PLACE = itemgetter(0, 1)
+_END = 1 << 63
 
 
 def _nbytes(name: str, dtype: str, shape: Shape) -> int:
@@ -175,7 +183,7 @@ def _are_sizes(values: Any) -> bool:
     if type(values) is not list or len(values) > 32:
         return False
     for value in values:  # noqa: SIM110, all() takes twice as long and this runs for every tensor
-        if type(value) is not int or not 0 <= value < 1 << 63:
+        if type(value) is not int or not 0 <= value < _END:
             return False
     return True
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from math import lcm, prod
@@ -210,7 +211,12 @@ class _Planner:
 
     def _keep_together(self, decisions: dict[str, Decision], fills: Mapping[str, Fill]) -> None:
         """What engines fuse is quantized together or not at all."""
-        for name, decision in list(decisions.items()):
+        usual = Counter(decision.format for decision in decisions.values()).most_common(1)[0][0] if decisions else None
+        # Of two that differ, one has not the usual format: only its partners have to be looked at.
+        unusual = [name for name, decision in decisions.items() if decision.format is not usual]
+        asked = {p + WEIGHT for name in unusual for p in self.decider.partners(_module(fills[name].target))}
+        for name in [name for name in decisions if name in asked]:
+            decision = decisions[name]
             if decision.format is None:
                 continue
             for partner in self.decider.partners(_module(fills[name].target)):
