@@ -296,7 +296,7 @@ def dequantize(
     max_vram: VramOption = None, as_json: JsonOption = False, dry_run: DryRunOption = False,
     no_fsync: NoFsyncOption = False, overwrite: OverwriteOption = False,
 ) -> None:  # fmt: skip
-    """Decode quantized matrices to full precision; layouts stay as they are."""
+    """Decode quantized matrices to full precision; experts that share a tensor are written one by one."""
     from moeconv.writer import check_destination
 
     check_destination(source, destination)

@@ -63,7 +63,7 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
     """
     tensors = dict(source.tensors)
     quantization = quantization_config(source.config)
-    method = str(quantization.get("quant_method", ""))
+    method = str(quantization.get("quant_method", "")).lower()
     if method not in ("", "fp8", "compressed-tensors", "mxfp4", "modelopt"):
         problems.append(
             Problem(
@@ -77,6 +77,7 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
     known: dict[object, tuple[Shape, Decoder]] = {}  # by all that decides; a model has few kinds
     last_words = {name.rpartition(".")[2] for name in source.tensors}
     suffixes = [suffix for suffix in _SUFFIXES if suffix in last_words]
+    foreign = [suffix for suffix in _FOREIGN if suffix in last_words]
     static = [suffix for suffix in STATIC_SCALES if suffix[1:] in last_words]
     for module in _modules(source.tensors):
         parts = {
@@ -97,11 +98,19 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
             del tensors[f"{module}.{suffix}"]
         for suffix in static:
             tensors.pop(module + suffix, None)
+        for suffix in foreign:
+            if f"{module}.{suffix}" in source.tensors:
+                problems.append(
+                    Problem(
+                        f"{module}.{suffix} changes what the codes beside it mean, in a way that cannot be decoded yet",
+                        "Start from the checkpoint in full precision.",
+                    )
+                )
         first = next(iter(parts.values()))
         spec = Spec(f"{module}.weight", dtype or own or usual, shape)
         tensors[spec.name] = StoredTensor(spec, first.file, first.offset, Encoded(made, parts))
     for tensor in tensors.values():
-        if tensor.encoded is None and tensor.spec.dtype.startswith("F8") and len(tensor.spec.shape) > 1:
+        if tensor.encoded is None and _is_bare(tensor.spec, bool(quantization)):
             problems.append(
                 Problem(
                     f"{tensor.spec} has no scales that are known here",
@@ -115,8 +124,18 @@ _SUFFIXES = (
     "weight", "weight_packed", "weight_blocks", "weight_scale_inv", "weight_scale", "weight_scales", "scale",
     "weight_zero_point", "weight_shape", "weight_global_scale", "weight_scale_2",
 )  # fmt: skip
+#: What can stand beside codes and change their meaning: a factor for each column, and the order of columns.
+_FOREIGN = ("pre_quant_scale", "weight_g_idx", "g_idx")
 #: Scales for activations that were measured; nothing that decodes a matrix needs them.
 STATIC_SCALES = (".input_scale", ".input_global_scale")
+
+
+def _is_bare(spec: Spec, is_quantized: bool) -> bool:
+    """Codes that were not decoded with the others."""
+    if len(spec.shape) < 2:
+        return False
+    is_weight = spec.name.endswith((".weight", ".weight_packed", ".weight_blocks"))
+    return spec.dtype.startswith("F8") or (is_quantized and is_weight and spec.dtype in (*_CODES, "I32"))
 
 
 def _modules(tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
@@ -162,7 +181,8 @@ def _candidates(specs: Mapping[str, Spec], schemes: Sequence[Mapping[str, Any]])
         fine_grained = FineGrainedFp8(
             scale.dtype in ("F8_E8M0", "U8"), scale.dtype, "scale" if "scale" in specs else "weight_scale_inv"
         )
-        tensor = TensorFp8(scale.shape) if scale.shape in ((), (1,)) else None
+        suffix = _suffix(scale, specs)
+        tensor = TensorFp8(scale.shape, suffix, scale.dtype) if scale.shape in ((), (1,)) else None
         channel = ChannelFp8() if scale.shape != fine_grained.parts(codes.shape, "")[1].shape else None
         exponents = MxFp8("weight_scale_inv" if "weight_scale_inv" in specs else "weight_scale", scale.dtype)
         for made in (fine_grained, channel, BlockFp8(), tensor, exponents if scale.dtype in _EXPONENTS else None):
@@ -191,7 +211,9 @@ def _packed_formats(
         bits, size = group.get("num_bits"), group.get("group_size")
         if group.get("strategy") == "channel" and bits in (4, 8):
             size = packed.shape[1] * 32 // bits
-        if bits not in (4, 8) or not isinstance(size, int) or size < 1 or group.get("type") != "int":
+        if bits not in (4, 8) or not isinstance(size, int) or size < 1 or group.get("type", "int") != "int":
+            continue
+        if (group.get("symmetric") is False) != ("weight_zero_point" in specs):
             continue
         made = PackedInt(bits, "weight_zero_point" not in specs, size)
         shape = (packed.shape[0], scale.shape[1] * size)
@@ -259,3 +281,9 @@ def _is_target(target: object, module: str) -> bool:
         return re.match(target[3:], module) is not None
     except re.error:
         return False
+
+
+def is_symmetric(config: Mapping[str, Any]) -> bool:
+    """Whether config.json says of some weights of compressed-tensors that they have no zero points, or says nothing."""
+    groups = _groups(quantization_config(config))
+    return not groups or any(weights.get("symmetric") is not False for _, weights in groups)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from moeconv.checkpoint import Checkpoint
 from moeconv.dims import Dim, parse_dim, parse_shape
-from moeconv.encoded import weight_bits
+from moeconv.encoded import is_symmetric, weight_bits
 from moeconv.names import Pattern
 from moeconv.ops import Concat, Expression, Interleave, Part, parts_of
 from moeconv.recipe import Component, Recipe, Rule
@@ -114,7 +114,8 @@ def with_forms(recipe: Recipe, source: Checkpoint) -> Recipe:
                     own = _own(part, form, word)
                     claims[own] = _part_claim(shape, recipe.part_claims[part], _group_of(part, component))
                     ids[own] = recipe.part_ids[part]
-                    if word in form.optional or part in recipe.optional:
+                    is_due = word == "weight_zero_point" and not is_symmetric(source.config)
+                    if (word in form.optional and not is_due) or part in recipe.optional:
                         optional.add(own)
         components.append(component._replace(forms=tuple(made)))
     return recipe._replace(

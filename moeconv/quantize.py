@@ -18,7 +18,7 @@ from moeconv.budget import transcoding_memory
 from moeconv.checkpoint import Checkpoint, Encoded, LeftOut, StoredTensor
 from moeconv.config_json import Group, groups_of, rewritten
 from moeconv.encoded import STATIC_SCALES, decoded_view
-from moeconv.engines import KEPT, MIXED, format_readings
+from moeconv.engines import KEPT, MIXED, format_readings, readings
 from moeconv.errors import PlanError, Problem
 from moeconv.formats import FLOATS, Decoder, Format, StoredPart
 from moeconv.layouts import find_units
@@ -141,7 +141,13 @@ class _Planner:
         is_mixed = len(groups_of((v.fill.target.name, v.format) for v in of_experts if v.format)) > 1
         has_kept = len({v.format is None for v in of_experts}) > 1
         conditions = [MIXED] * is_mixed + [KEPT] * has_kept
-        readers = format_readings(self.stored.config, formats, conditions) if formats else ()
+        if formats:
+            readers = format_readings(self.stored.config, formats, conditions)
+        elif self.quantizes or any(unit.component.form for unit in kept):
+            readers = ()
+        else:
+            shapes = [tensor.spec.shape for unit in kept for tensor in unit.tensors()]
+            readers = readings(self.recipe, self.stored.config, self._layout(kept), shapes)
         names = len(self.stored.tensors) + sum(len(file.specs) for file in files)
         warnings = [*source_warnings(self.source, changes), *self._warnings(values), *reader_warnings(readers)]
         return Plan(
@@ -304,7 +310,7 @@ class _Planner:
                     )
                 names.add(spec.name)
         if not self.quantizes:
-            if not any(value.source for value in values):
+            if not self.problems and not any(value.source for value in values):
                 self.problems.append(Problem(f"{self.stored.root} is not quantized", "There is nothing to do."))
             return
         self.problems += self.decider.unused()
@@ -379,16 +385,19 @@ class _Planner:
         return hashlib.sha256(f"{before} {self.scheme.text}".encode()).hexdigest()
 
     def _warnings(self, values: Sequence[Value]) -> list[str]:
-        if not self.quantizes:
-            return []
-        whole = sum(value.fill.target.nbytes for value in values)
-        plain = sum(value.fill.target.nbytes for value in values if value.format is None)
         lines = []
-        if plain * 4 > whole:
-            lines.append(f"{100 * plain // whole} % of the bytes stay unquantized")
         static = [name for name in self.stored.tensors if name.endswith(STATIC_SCALES)]
         if static and not any(name in self.source.tensors for name in static):
             lines.append(f"{len(static):,} static scales for activations are dropped: no format here keeps them")
+        if not self.quantizes:
+            is_taken_apart = any(tensor.inside is not None for tensor in self.source.tensors.values()) or any(
+                part.inside is not None for value in values if value.source for part in value.source.parts.values()
+            )
+            return [*lines, "experts are written one by one: `moeconv pack` joins them"] if is_taken_apart else lines
+        whole = sum(value.fill.target.nbytes for value in values)
+        plain = sum(value.fill.target.nbytes for value in values if value.format is None)
+        if plain * 4 > whole:
+            lines.append(f"{100 * plain // whole} % of the bytes stay unquantized")
         unknown = [
             value.fill.target.name for value in values if value.format is None and value.why.startswith("not known")
         ]
@@ -455,6 +464,8 @@ def _source_part(part: StoredPart, tensor: StoredTensor) -> Part:
     if tensor.inside is None:
         return found
     view, item = tensor.inside.view, DTYPE_BITS[spec.dtype] // 8
+    if not view.axes:  # a number
+        return found._replace(offset=tensor.offset + tensor.inside.at * item)
     stride = view.axes[0].step * prod(view.block[1:]) * item
     return found._replace(offset=tensor.offset + (tensor.inside.at + view.first) * item, stride=stride)
 

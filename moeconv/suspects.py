@@ -13,12 +13,13 @@ from moeconv.errors import Problem
 from moeconv.names import collapse, template_of
 from moeconv.ops import parts_of
 from moeconv.recipe import Recipe
+from moeconv.tensors import Shape
 from moeconv.units import Unit
 
 #: dtypes of matrices that are numbers.
 FULL_PRECISION = ("BF16", "F16", "F32", "F64")
-_ROUTER = re.compile(r"\.gate\.|router")
-_EXPERT = re.compile(r"\.experts\.\d+\.")
+_ROUTER = re.compile(r"\.gate\.|router|classifier")
+_EXPERT = re.compile(r"\.(?!\w*shared)\w*experts?\w*\.\d+\.")
 #: What quantizers and layers hang behind the name of a weight.
 _COMPANION = re.compile(
     r"[._](?:\w*scales?(?:_inv|_2)?|\w*zeros?|\w*zero_points?|\w*bias|absmax|\w*quant_\w+|g_idx|\w*shape"
@@ -60,26 +61,44 @@ def unknown_experts(
 
 
 def lost_experts(units: Sequence[Unit], rest: Sequence[StoredTensor], recipe: Recipe) -> list[Problem]:
-    """Blocks that have a router by the name that it has in every block with experts, and no experts."""
-    blocks = {unit.block for unit in units if set(unit.component.parts) & set(recipe.part_ids)}
-    templates = {template_of(block) for block in blocks}
-    routers: dict[str, set[str]] = {}
-    for name in [t.spec.name for t in rest] + [
-        t.spec.name for u in units if u.block not in blocks for t in u.tensors()
-    ]:
-        if _ROUTER.search(name):
+    """Blocks that have a router as blocks with experts have it, and no experts."""
+    held = {unit.block: unit for unit in units if set(unit.component.parts) & set(recipe.part_ids)}
+    if units and not held:
+        parts = ", ".join(units[0].parts)
+        return [
+            Problem(
+                f"{units[0].block} holds what recipe {recipe.name} calls {parts}, and no block holds experts",
+                "Download the shards that should hold them, or give the --recipe that describes them.",
+            )
+        ]
+    templates = {template_of(block) for block in held}
+    routers: dict[str, dict[str, Shape]] = {}
+    for tensor in (*rest, *(tensor for unit in units for tensor in unit.tensors())):
+        name, shape = tensor.spec.name, tensor.spec.shape
+        if len(shape) == 2 and _ROUTER.search(name):
             for at in (at for at, character in enumerate(name) if character == "."):
-                if name[:at] in blocks or template_of(name[:at]) in templates:
-                    routers.setdefault(name[:at], set()).add(name[at + 1 :])
-    usual = set.intersection(*(routers.get(block, set()) for block in blocks)) if blocks else set()
+                if name[:at] in held or template_of(name[:at]) in templates:
+                    routers.setdefault(name[:at], {})[name[at + 1 :]] = shape
+    usual = {
+        (name, shape)
+        for block, unit in held.items()
+        for name, shape in routers.get(block, {}).items()
+        if shape[0] == _count(unit)
+    }
     return [
         Problem(
-            f"{block} has a router ({min(found & usual)}) and no experts",
+            f"{block} has a router ({min(found)}) and no experts",
             "Download the shards that should hold them again; if the layer has none by design, remove its router.",
         )
-        for block, found in routers.items()
-        if block not in blocks and found & usual
+        for block, names in routers.items()
+        if block not in held and (found := [name for name, shape in names.items() if (name, shape) in usual])
     ]
+
+
+def _count(unit: Unit) -> int:
+    """Experts of a unit."""
+    rule, hits = unit.hits[0]
+    return len(hits) if rule.pattern.ids is not None else next(iter(hits.values())).spec.shape[0]
 
 
 def bare_codes(units: Sequence[Unit], rest: Sequence[StoredTensor], recipe: Recipe) -> list[Problem]:
@@ -89,6 +108,7 @@ def bare_codes(units: Sequence[Unit], rest: Sequence[StoredTensor], recipe: Reci
         return []
     names = [tensor.spec.name for tensor in rest] + [t.spec.name for u in units for t in u.tensors()]
     scaled = {name[: name.index("scale")].rstrip("._") for name in names if "scale" in name}
+    scaled |= {stem.removesuffix("_weight") for stem in scaled}
     bare: dict[str, list[StoredTensor]] = {}
     for tensor in codes:
         stem = tensor.spec.name.removesuffix("_blocks")

@@ -30,14 +30,16 @@ def unpacked_view(source: Checkpoint, recipe: Recipe, problems: list[Problem], l
     tensors = dict(source.tensors)
     found = find_units(source, recipe, layout)
     problems += found.problems
-    for unit in found.units:
-        is_quantized = any(tensor.spec.dtype not in FULL_PRECISION for tensor in unit.tensors())
-        if unit.layout == goal or not is_quantized or (made := change(unit, goal, recipe, problems)) is None:
+    moving = [unit for unit in found.units if unit.layout != goal]
+    if all(tensor.spec.dtype in FULL_PRECISION for unit in moving for tensor in unit.tensors()):
+        return source
+    for unit in moving:  # all of them, routers too, so that the model is in one layout
+        if (made := change(unit, goal, recipe, problems)) is None:
             continue
         for tensor in unit.tensors():
             del tensors[tensor.spec.name]
         for fill in made.fills:
-            (move,) = fill.moves  # one tensor of one expert is one part
+            (move,) = fill.moves  # a tensor of one expert is one part, and so is a router
             inside = Inside(move.source.spec, move.source_at, move.route.source)
             tensors[fill.target.name] = StoredTensor(fill.target, move.source.file, move.source.offset, inside=inside)
     return source._replace(tensors=tensors)

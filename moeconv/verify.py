@@ -138,7 +138,7 @@ def check_structure(folder: Checkpoint, recipe: Recipe | None) -> list[Problem]:
     if recipe is not None:
         quantized = isinstance(folder.manifest.get("scheme"), dict)
         shown = decoded_view(folder, problems) if quantized else folder
-        problems += find_units(shown, recipe).problems
+        problems += find_units(shown, recipe).faults
     if not folder.config:
         problems.append(
             Problem(f"{folder.root} has no config.json", "Copy it from the source: no engine loads without.")

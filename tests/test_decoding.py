@@ -168,3 +168,78 @@ def test_decoding_holds_no_more_than_it_says(decoder: Decoder) -> None:
     with Meter(*parts.values()) as used:
         decoder.decode(parts, columns, torch.bfloat16)
     assert used.peak <= decoder.live_nbytes * rows * columns
+
+
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": E, "intermediate_size": I, "hidden_size": H}
+
+
+def test_a_router_goes_where_its_decoded_experts_go(tmp_path: Path) -> None:
+    tensors = {"model.layers.0.block_sparse_moe.gate.weight": torch.ones(E, H, dtype=torch.bfloat16)}
+    for number, (name, (rows, columns)) in enumerate(names().items()):
+        own = name.replace("mlp", "block_sparse_moe")
+        own = own.replace("gate_proj", "w1").replace("up_proj", "w3").replace("down_proj", "w2")
+        tensors |= {f"{own}.{word}": item for word, item in matrix("fp8", rows, columns, number).items()}
+    source = save(tmp_path / "source", tensors, MIXTRAL)
+    succeeds("dequantize", source, tmp_path / "plain")
+    succeeds("pack", source, tmp_path / "packed")
+    assert "model.layers.0.mlp.gate.weight" in read_folder(tmp_path / "packed")
+    result = succeeds("dequantize", tmp_path / "packed", tmp_path / "again")
+    assert "experts are written one by one: `moeconv pack` joins them" in result.err
+    assert read_folder(tmp_path / "again") == read_folder(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("form", ["modelopt_nvfp4", "per_tensor"])
+def test_numbers_of_matrices_that_are_packed_alone_are_decoded(tmp_path: Path, form: str) -> None:
+    """Without a gate nothing is joined: the experts' numbers without an axis are stacked to one axis."""
+    tensors = {}
+    for expert in range(E):
+        for part, (rows, columns) in {"up_proj": (I, H), "down_proj": (H, I)}.items():
+            stem = f"backbone.layers.1.mixer.experts.{expert}.{part}"
+            tensors |= {f"{stem}.{word}": item for word, item in matrix(form, rows, columns, expert).items()}
+    config = {"model_type": "nemotron_h", "n_routed_experts": E, "moe_intermediate_size": I, "hidden_size": H}
+    source = save(tmp_path / "source", tensors, config)
+    succeeds("dequantize", source, tmp_path / "plain")
+    succeeds("pack", source, tmp_path / "packed")
+    succeeds("dequantize", tmp_path / "packed", tmp_path / "again")
+    assert read_folder(tmp_path / "again") == read_folder(tmp_path / "plain")
+
+
+ATTENTION = "model.layers.0.self_attn.o_proj"
+
+
+@pytest.mark.parametrize(
+    ("lost", "added", "says"),
+    [
+        ("weight_scale", None, "o_proj.weight I8 [128, 128] has no scales"),
+        (None, "pre_quant_scale", "o_proj.pre_quant_scale changes what the codes beside it mean"),
+        (None, "weight_g_idx", "o_proj.weight_g_idx changes what the codes beside it mean"),
+    ],
+)
+@pytest.mark.parametrize("command", [["dequantize"], ["quantize", "--format", "w8a16"]], ids=lambda words: words[0])
+def test_what_would_be_decoded_wrongly_is_refused(
+    tmp_path: Path, lost: str | None, added: str | None, says: str, command: list[str]
+) -> None:
+    """Also outside experts, where no recipe claims anything."""
+    source = checkpoint(tmp_path / "source", "channel int8")
+    tensors = folder_tensors(source)
+    tensors |= {f"{ATTENTION}.{word}": item for word, item in matrix("channel int8", H, H, 99).items()}
+    tensors.pop(f"{ATTENTION}.{lost}", None)
+    if added:
+        tensors[f"{ATTENTION}.{added}"] = torch.ones(H)
+    quantization = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    broken = save(tmp_path / "broken", tensors, CONFIG | quantization)
+    name, *options = command
+    assert says in refused(name, broken, tmp_path / "made", *options, within=tmp_path)
+
+
+@pytest.mark.parametrize("command", ["dequantize", "pack"])
+def test_lost_zero_points_are_not_taken_for_none(tmp_path: Path, command: str) -> None:
+    tensors = {}
+    for number, (name, (rows, columns)) in enumerate(names().items()):
+        tensors |= {f"{name}.{word}": item for word, item in matrix("int4", rows, columns, number).items()}
+    weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
+    groups = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+    settings = {"quantization_config": {"quant_method": "compressed-tensors", **groups}}
+    source = save(tmp_path / "source", tensors, CONFIG | settings)
+    message = refused(command, source, tmp_path / "made", within=tmp_path)
+    assert "zero_point" in message or "of no known form" in message

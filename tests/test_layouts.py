@@ -431,3 +431,38 @@ def test_a_dense_layer_has_lost_nothing(tmp_path: Path) -> None:
     tensors.update((f"model.layers.{n}.mlp.gate.weight", tensor((4, 10), seed=n)) for n in range(2))
     tensors.update((f"model.layers.2.mlp.{part}_proj.weight", tensor((6, 10))) for part in ("gate", "up"))
     succeeds("pack", write_folder(tmp_path / "source", tensors, CONFIG), tmp_path / "packed")
+
+
+@pytest.mark.parametrize(
+    "name", ["self_attn.gate.weight", "hyper.router_norm.weight", "mlp.gate.e_score_correction_bias"]
+)
+def test_what_every_layer_has_is_no_router(tmp_path: Path, name: str) -> None:
+    tensors = experts_layout(layers=3)
+    for layer in range(4):
+        tensors[f"model.layers.{layer}.{name}"] = tensor((4,) if "bias" in name else (7, 10), seed=layer)
+    succeeds("pack", write_folder(tmp_path / "source", tensors, CONFIG), tmp_path / "packed")
+
+
+@pytest.mark.parametrize("gone", ["one", "all"])
+@pytest.mark.parametrize("command", ["pack", "unpack"])
+def test_a_router_that_moves_does_not_go_without_its_experts(tmp_path: Path, gone: str, command: str) -> None:
+    tensors: Tensors = {}
+    for layer in range(3):
+        block = f"model.layers.{layer}.block_sparse_moe"
+        tensors[f"{block}.gate.weight"] = tensor((4, 10), seed=layer)
+        for expert in range(4 if gone == "one" and layer != 1 else 0):
+            for part, shape in {"w1": (6, 10), "w3": (6, 10), "w2": (10, 6)}.items():
+                tensors[f"{block}.experts.{expert}.{part}.weight"] = tensor(shape, seed=(layer, expert, part))
+    config = {"model_type": "mixtral", "num_local_experts": 4, "intermediate_size": 6, "hidden_size": 10}
+    message = refused_source(write_folder(tmp_path / "source", tensors, config), command=command)
+    if gone == "one":
+        assert "model.layers.1 has a router (block_sparse_moe.gate.weight) and no experts" in message
+    else:
+        assert "holds what recipe mixtral calls router, and no block holds experts" in message
+
+
+def test_experts_by_another_name_are_not_left_behind(tmp_path: Path) -> None:
+    tensors = experts_layout(layers=1)
+    tensors |= {name.replace(".experts.", ".local_experts."): item for name, item in experts_layout(layers=1).items()}
+    message = refused_source(write_folder(tmp_path / "source", tensors, CONFIG))
+    assert "local_experts.0" in message

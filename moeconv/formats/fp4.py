@@ -38,6 +38,7 @@ class GroupFp4(Decoder):
         scales: suffix and dtype of the scales.
         whole: suffix of a scale of the whole matrix, empty for none.
         is_divisor: that scale divides.
+        is_number: that scale has no axis.
         has_blocks: codes have an axis for the groups.
     """
 
@@ -45,7 +46,7 @@ class GroupFp4(Decoder):
 
     def __init__(
         self, name: str, group: int, codes: tuple[str, str], scales: tuple[str, str], whole: str = "",
-        is_divisor: bool = False, has_blocks: bool = False,
+        is_divisor: bool = False, is_number: bool = False, has_blocks: bool = False,
     ) -> None:  # fmt: skip
         self.name = name
         self.group = group
@@ -53,6 +54,7 @@ class GroupFp4(Decoder):
         self.scales = scales
         self.whole = whole
         self.is_divisor = is_divisor
+        self.is_number = is_number
         self.has_blocks = has_blocks
 
     def parts(self, shape: Shape, dtype: str) -> tuple[StoredPart, ...]:
@@ -65,7 +67,7 @@ class GroupFp4(Decoder):
         )
         if not self.whole:
             return parts
-        return (*parts, StoredPart(self.whole, "F32", (1,) if self.is_divisor else (), rows))
+        return (*parts, StoredPart(self.whole, "F32", () if self.is_number else (1,), rows))
 
     def decode(self, parts: Mapping[str, Tensor], columns: int, dtype: torch.dtype | None = None) -> Tensor:
         import torch
@@ -90,6 +92,7 @@ FP4_DIALECTS = (
     GroupFp4("fp4_e8m0", 32, ("weight", "I8"), ("scale", "F8_E8M0")),
     GroupFp4("fp4_e8m0", 32, ("weight", "I8"), ("scale", "U8")),
     GroupFp4("nvfp4a16", 16, ("weight_packed", "U8"), ("weight_scale", "F8_E4M3"), "weight_global_scale", True),
+    GroupFp4("modelopt_nvfp4", 16, ("weight", "U8"), ("weight_scale", "F8_E4M3"), "weight_scale_2", is_number=True),
     GroupFp4("modelopt_nvfp4", 16, ("weight", "U8"), ("weight_scale", "F8_E4M3"), "weight_scale_2"),
 )
 

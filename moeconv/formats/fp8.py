@@ -245,16 +245,20 @@ class TensorFp8(Decoder):
     name = "fp8_tensor"
     live_nbytes = 13
 
-    def __init__(self, shape: Shape = ()) -> None:
+    def __init__(self, shape: Shape = (), suffix: str = "weight_scale", scale_dtype: str = "F32") -> None:
         self._shape = shape
+        self.suffix = suffix
+        self.scale_dtype = scale_dtype
 
     def parts(self, shape: Shape, dtype: str) -> tuple[StoredPart, ...]:
-        return StoredPart("weight", "F8_E4M3", shape, 1), StoredPart("weight_scale", dtype, self._shape, shape[0])
+        return StoredPart("weight", "F8_E4M3", shape, 1), StoredPart(
+            self.suffix, self.scale_dtype, self._shape, shape[0]
+        )
 
     def decode(self, parts: Mapping[str, Tensor], columns: int, dtype: torch.dtype | None = None) -> Tensor:
         import torch
 
-        codes, scale = parts["weight"], parts["weight_scale"].float()
+        codes, scale = parts["weight"], parts[self.suffix].float()
         decoded = torch.empty(codes.shape, dtype=dtype or torch.float32, device=codes.device)
         for strip in strips(codes):
             decoded[strip] = _floats(codes[strip]).mul_(scale)
