@@ -127,6 +127,7 @@ class _Search:
         quantization = quantization_config(checkpoint.config)
         self.method = str(quantization.get("quant_method", "unnamed")) if quantization else ""
         self._allowed: dict[str, dict[str, frozenset[int]]] = {}
+        self._kinds: dict[int, tuple[Hits, Counter[tuple[str, Shape]]]] = {}
         #: Components and their forms, each with the number of the component that it is or is a form of.
         self.components = [
             (other, number)
@@ -147,6 +148,20 @@ class _Search:
         if word not in self._allowed:
             self._allowed[word] = config_sizes(self.checkpoint, self.recipe, block)
         return self._allowed[word]
+
+    def kinds(self, hits: Hits) -> Counter[tuple[str, Shape]]:
+        """How many tensors have each dtype and shape; the same hits are asked for once for each form."""
+        found = self._kinds.get(id(hits))
+        if found is None or found[0] is not hits:
+            found = self._kinds[id(hits)] = hits, Counter([tensor.spec[1:] for tensor in hits.values()])
+        return found[1]
+
+    def usual_shape(self, hits: Hits) -> Shape:
+        """The shape that most of them have."""
+        shapes: Counter[Shape] = Counter()
+        for (_, shape), count in self.kinds(hits).items():
+            shapes[shape] += count
+        return shapes.most_common(1)[0][0]
 
     def candidates(self) -> _Candidates:
         """Tensors that match by name: (component number, block) -> layout -> rule number -> id -> tensor."""
@@ -279,7 +294,7 @@ class _Trial:
                 del self.hits[number]
 
     def _bind_from_shapes(self) -> None:
-        claims = [(self.rules[number].claim, _usual_shape(hits)) for number, hits in self.hits.items()]
+        claims = [(self.rules[number].claim, self.search.usual_shape(hits)) for number, hits in self.hits.items()]
         pending = [
             (dim, size)
             for claim, shape in claims
@@ -397,7 +412,9 @@ class _Trial:
             rule = self.rules[number]
             claimed = tuple(dim.value(self.sizes) for dim in rule.claim)
             claim = f"[{', '.join(map(str, rule.claim))}] = {[size if size is not None else '?' for size in claimed]}"
-            odd = [tensor.spec for tensor in hits.values() if tensor.spec.shape != claimed]
+            kinds = self.search.kinds(hits)
+            is_odd = any(shape != claimed for _, shape in kinds)
+            odd = [tensor.spec for tensor in hits.values() if tensor.spec.shape != claimed] if is_odd else []
             dims = [*rule.claim, *(d for p in parts_of(rule.value) for d in self.search.recipe.part_claims[p])]
             broken = [dim for dim in dims if dim.value(self.sizes) is None and dim.symbols() <= set(self.sizes)]
             if broken:
@@ -415,8 +432,8 @@ class _Trial:
                     if not self.search.method
                     else f"The model is quantized ({self.search.method}): damaged, or in a form that is not known.",
                 )
-            dtypes = Counter(tensor.spec.dtype for tensor in hits.values())
-            if len(dtypes) > 1:
+            if len({dtype for dtype, _ in kinds}) > 1:
+                dtypes = Counter(tensor.spec.dtype for tensor in hits.values())
                 usual, rare = dtypes.most_common()[0][0], dtypes.most_common()[-1][0]
                 name = next(tensor.spec.name for tensor in hits.values() if tensor.spec.dtype == rare)
                 self._problem(
@@ -439,7 +456,3 @@ def _stacks(tensors: Sequence[tuple[tuple[int, ...], StoredTensor]], at: int | N
 
 def _shown(rule: Rule) -> str:
     return f"{rule.pattern.before}{{expert}}{rule.pattern.after}"
-
-
-def _usual_shape(hits: Hits) -> Shape:
-    return Counter(tensor.spec.shape for tensor in hits.values()).most_common(1)[0][0]
