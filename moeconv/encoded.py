@@ -177,18 +177,19 @@ def _candidates(specs: Mapping[str, Spec], schemes: Sequence[Mapping[str, Any]])
     scale = next((specs[key] for key in ("weight_scale_inv", "weight_scale", "scale") if key in specs), None)
     if codes is None or len(codes.shape) < 2:
         return
-    if codes.dtype == "F8_E4M3" and scale is not None:
-        fine_grained = FineGrainedFp8(
-            scale.dtype in ("F8_E8M0", "U8"), scale.dtype, "scale" if "scale" in specs else "weight_scale_inv"
-        )
+    if scale is not None and codes.dtype == "F8_E4M3":
         suffix = _suffix(scale, specs)
-        tensor = TensorFp8(scale.shape, suffix, scale.dtype) if scale.shape in ((), (1,)) else None
-        channel = ChannelFp8() if scale.shape != fine_grained.parts(codes.shape, "")[1].shape else None
-        exponents = MxFp8("weight_scale_inv" if "weight_scale_inv" in specs else "weight_scale", scale.dtype)
-        for made in (fine_grained, channel, BlockFp8(), tensor, exponents if scale.dtype in _EXPONENTS else None):
-            if made is not None:
-                yield codes.shape, made
-    if codes.dtype == "I8":
+        is_exponent = scale.dtype in _EXPONENTS
+        if suffix != "weight_scale" and (is_exponent or scale.dtype in FLOATS):
+            yield codes.shape, FineGrainedFp8(is_exponent, scale.dtype, suffix)
+        if is_exponent:
+            yield codes.shape, MxFp8(suffix, scale.dtype)
+        elif scale.dtype in FLOATS:
+            yield codes.shape, BlockFp8()
+            yield codes.shape, ChannelFp8()
+            if scale.shape in ((), (1,)):
+                yield codes.shape, TensorFp8(scale.shape, suffix, scale.dtype)
+    if scale is not None and codes.dtype == "I8" and scale.dtype in FLOATS:
         yield codes.shape, ChannelInt8()
     if codes.dtype == "I32":
         yield from _packed_formats(codes, specs, schemes)
