@@ -464,9 +464,11 @@ def recipes_new(source: Source) -> None:
 @recipes_app.command("check", cls=Command)
 def recipes_check(file: Annotated[str, typer.Argument(metavar="FILE", help="Recipe file or name.")]) -> None:
     """Check a recipe file: words, shapes, and that its layouts agree with each other."""
+    from moeconv.forms import check_forms
     from moeconv.recipe_file import load_recipe
 
     recipe = load_recipe(file)
+    check_forms(recipe)
     parts = ", ".join(part for component in recipe.components for part in component.parts)
     print(f"{file}: layouts {', '.join(recipe.layouts)}; parts {parts}")
 

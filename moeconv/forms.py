@@ -14,6 +14,7 @@ from typing import NamedTuple
 from moeconv.checkpoint import Checkpoint
 from moeconv.dims import Dim, parse_dim, parse_shape
 from moeconv.encoded import is_symmetric, weight_bits
+from moeconv.errors import RecipeError
 from moeconv.names import Pattern
 from moeconv.ops import Concat, Expression, Interleave, Part, parts_of
 from moeconv.recipe import Component, Recipe, Rule
@@ -84,8 +85,21 @@ def _tail(word: str) -> str:
     return word.removeprefix(_WEIGHT) if word.startswith(_WEIGHT) else f"_{word}"
 
 
+def check_forms(recipe: Recipe) -> None:
+    """The forms that a recipe names are in the table.
+
+    Raises:
+        RecipeError: one is not.
+    """
+    known = [form.name for form in load_forms()]
+    for name in recipe.forms:
+        if name not in known:
+            raise RecipeError(f"recipe {recipe.name}: unknown form {name!r} in forms:", nearest(name, known))
+
+
 def with_forms(recipe: Recipe, source: Checkpoint) -> Recipe:
     """The recipe with the quantized forms that names of the checkpoint hint at; the same recipe where none do."""
+    check_forms(recipe)
     last_words = {name.rpartition(".")[2] for name in source.tensors}
     bits = {0, *weight_bits(source.config)}
     hinted = [

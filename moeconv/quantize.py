@@ -91,12 +91,12 @@ class _Planner:
         self.quantizes = scheme.default is not None or any(rule.format for rule in scheme.rules)
         view = unpacked_view(source, recipe, self.problems, self.options.layout)
         self.source = _without_stale_files(decoded_view(view, self.problems, scheme.dtype))
-        if recipe.decoded and view is not source:
+        if recipe.decoded:
             self.recipe = load_recipe(recipe.decoded)
         layers = source.config_values(".", "num_hidden_layers") or source.config_values(
             "text_config", "num_hidden_layers"
         )
-        self.decider = Decider(scheme, recipe.keep, layers if isinstance(layers, int) else None)
+        self.decider = Decider(scheme, self.recipe.keep, layers if isinstance(layers, int) else None)
 
     def plan(self) -> Plan:
         found = find_units(self.source, self.recipe, self.options.layout)

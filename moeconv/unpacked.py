@@ -36,10 +36,20 @@ def unpacked_view(source: Checkpoint, recipe: Recipe, problems: list[Problem], l
     for unit in moving:  # all of them, routers too, so that the model is in one layout
         if (made := change(unit, goal, recipe, problems)) is None:
             continue
+        joined = next((fill.target.name for fill in made.fills if len(fill.moves) != 1), None)
+        if joined is not None:
+            problems.append(
+                Problem(
+                    f"{joined} would be joined from several matrices in the layout {goal} of recipe {recipe.name}, "
+                    "and quantized ones are decoded one by one",
+                    "Give each matrix a line of its own in that layout.",
+                )
+            )
+            continue
         for tensor in unit.tensors():
             del tensors[tensor.spec.name]
         for fill in made.fills:
-            (move,) = fill.moves  # a tensor of one expert is one part, and so is a router
+            (move,) = fill.moves
             inside = Inside(move.source.spec, move.source_at, move.route.source)
             tensors[fill.target.name] = StoredTensor(fill.target, move.source.file, move.source.offset, inside=inside)
     return source._replace(tensors=tensors)

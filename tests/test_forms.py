@@ -388,6 +388,46 @@ def test_gpt_oss_is_decoded_as_transformers_decodes_it(tmp_path: Path) -> None:
     assert "quantization_config" not in config_of(tmp_path / "packed")
 
 
+def test_gpt_oss_is_decoded_alike_packed_and_one_by_one(tmp_path: Path) -> None:
+    source = gpt_oss(tmp_path / "source")
+    succeeds("unpack", source, tmp_path / "experts")
+    for folder in (source, tmp_path / "experts"):
+        succeeds("dequantize", folder, folder.with_name(f"{folder.name}-plain"))
+    assert read_folder(tmp_path / "experts-plain") == read_folder(tmp_path / "source-plain")
+
+
+JOINED = """\
+about: an expert's gate and up in one tensor
+model_types: [test]
+dims: {E: num_experts, I: moe_intermediate_size, H: hidden_size}
+layouts:
+  hub:
+    "{block}.mlp.experts.gate_proj [E, I, H]": gate
+    "{block}.mlp.experts.up_proj [E, I, H]": up
+  experts:
+    "{block}.mlp.experts.{expert}.gate_up_proj.weight [2*I, H]": {concat: [gate, up]}
+"""
+
+
+def test_a_layout_that_joins_matrices_is_no_way_to_decode_them(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(JOINED)
+    tensors = {}
+    for part in ("gate", "up"):
+        stem = f"model.layers.0.mlp.experts.{part}_proj"
+        tensors[stem] = tensor((E, I, H), "F8_E4M3", seed=part)
+        tensors[f"{stem}_scale_inv"] = tensor((E, 2, 1), "F32", seed=part)
+    source = write_folder(tmp_path / "source", tensors, {**CONFIG, "model_type": "test"}, 1)
+    message = refused("dequantize", source, tmp_path / "made", "--recipe", tmp_path / "r.yaml", within=tmp_path)
+    assert "would be joined from several matrices" in message
+
+
+def test_a_form_that_the_table_lacks_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(JOINED.replace("layouts:", "forms: [fp9]\nlayouts:"))
+    message = refused("recipes", "check", tmp_path / "r.yaml", within=tmp_path)
+    assert "unknown form 'fp9'" in message
+    assert "fp8" in message
+
+
 def test_gpt_oss_is_quantized_again_in_one_pass(tmp_path: Path) -> None:
     source = gpt_oss(tmp_path / "source")
     succeeds("dequantize", source, tmp_path / "plain")
