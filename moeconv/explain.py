@@ -14,7 +14,7 @@ from moeconv.names import collapse
 from moeconv.ops import Part
 from moeconv.plan import Plan, Value
 from moeconv.tensors import Spec, total_nbytes
-from moeconv.units import Unit
+from moeconv.units import Unit, unit_names
 
 SCHEMA_VERSION = 1
 
@@ -55,10 +55,12 @@ def groups_of(plan: Plan) -> list[Group]:
         kept.setdefault((unit.layout, id(unit.component)), []).append(unit)
     for (layout, _), units in kept.items():
         specs = [tensor.spec for unit in units for tensor in unit.tensors()]
-        groups.append(_copied("kept", f"already in the layout {layout}; copied byte for byte", specs))
+        why = f"already in the layout {layout}; copied byte for byte"
+        groups.append(_copied("kept", why, specs, unit_names(units)))
     if plan.copied:
         specs = [tensor.spec for tensor in plan.copied]
-        groups.append(_copied("copied", "no rule of the recipe names them; copied byte for byte", specs))
+        why = "no rule of the recipe names them; copied byte for byte"
+        groups.append(_copied("copied", why, specs, collapse([spec.name for spec in specs])))
     return groups
 
 
@@ -149,16 +151,15 @@ def _changed(plan: Plan, changes: Sequence[Change]) -> Group:
         parts += f"; quantized, in the form {first.unit.component.form}"
     return Group(
         what, f"{first.unit.layout} -> {layout} by recipe {plan.recipe.name}: {parts}",
-        tuple(collapse([spec.name for spec in sources])), tuple(collapse([spec.name for spec in targets])),
+        tuple(unit_names([made.unit for made in changes])), tuple(collapse([spec.name for spec in targets])),
         len(sources), len(targets), total_nbytes(sources), total_nbytes(targets),
         str(targets[0]) if targets else "",
     )  # fmt: skip
 
 
-def _copied(what: str, why: str, specs: Sequence[Spec]) -> Group:
-    names = tuple(collapse([spec.name for spec in specs]))
+def _copied(what: str, why: str, specs: Sequence[Spec], names: Sequence[str]) -> Group:
     size = total_nbytes(specs)
-    return Group(what, why, names, names, len(specs), len(specs), size, size, str(specs[0]))
+    return Group(what, why, tuple(names), tuple(names), len(specs), len(specs), size, size, str(specs[0]))
 
 
 class Disk(NamedTuple):

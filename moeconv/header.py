@@ -14,12 +14,13 @@ import json
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
+from itertools import accumulate
 from math import prod
 from operator import itemgetter
 from typing import Any
 
 from moeconv.errors import Problem
-from moeconv.tensors import DTYPE_BITS, Shape, Spec
+from moeconv.tensors import DTYPE_BITS, Shape, Spec, specs_of
 
 #: The safetensors library refuses longer headers too (safetensors 0.8, MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
@@ -109,9 +110,12 @@ def parse_header(text: bytes, data_nbytes: int) -> tuple[dict[str, str], list[tu
     """
     if not text.startswith(b"{"):
         raise HeaderError("the header does not begin with {")
-    parsed = read_json(text, _header_strings)
+    usual = _usual_header(text, data_nbytes)
+    if usual is not None:
+        return usual
+    parsed = read_json(text)
     metadata = parsed.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not _is_text_to_text(metadata):
         raise HeaderError("__metadata__ is not a mapping of text to text")
     known: dict[tuple[str, Shape], int] = {}
     placed = [_entry(name, entry, known) for name, entry in parsed.items()]
@@ -128,14 +132,69 @@ def parse_header(text: bytes, data_nbytes: int) -> tuple[dict[str, str], list[tu
     return metadata, [(spec, begin) for begin, _, spec in placed]
 
 
-def _header_strings(parsed: Any) -> int:
-    """A name, three keys and a dtype for each tensor, whose entries `_entry` checks; metadata as it is."""
-    if not isinstance(parsed, dict):
-        return -1
-    metadata = parsed.get("__metadata__")
-    if metadata is None:
-        return 5 * len(parsed)
-    return 5 * (len(parsed) - 1) + 1 + 2 * len(metadata) if isinstance(metadata, dict) else -1
+def _usual_header(text: bytes, data_nbytes: int) -> tuple[dict[str, str], list[tuple[Spec, int]]] | None:
+    """What `parse_header` gives for a sound header as writers of safetensors spell it; None for any other.
+
+    Those put metadata first, then tensors in the order of their bytes, need no escapes, and have ten quotes a tensor.
+    Taken apart at the quotes, whole columns are compared at once, in a quarter of the time that JSON and checks of
+    each entry take.
+    """
+    if b"\\" in text or not text.isascii():
+        return None
+    decoded = text.decode().rstrip(" ")
+    metadata: Any = {}
+    begin = decoded.find("{", 1)
+    if decoded[:begin] in ('{"__metadata__":', '{"__metadata__": '):
+        try:
+            metadata, end = _UNIQUE.raw_decode(decoded, begin)
+        except (ValueError, RecursionError):
+            return None
+        decoded = "{" + decoded[end:].removeprefix(",").removeprefix(" ") if decoded[end : end + 1] == "," else ""
+    pieces = decoded.split('"')
+    if len(pieces) < 11 or len(pieces) % 10 != 1:
+        return None
+    colon, comma = (": ", ", ") if pieces[2:3] == [": {"] else (":", ",")
+    names, dtypes, sizes = pieces[1::10], pieces[5::10], pieces[8::10]
+    try:
+        kinds = {kind: _kind(*kind, colon, comma) for kind in set(zip(dtypes, sizes, strict=True))}
+    except ValueError:
+        return None
+    found = [kinds[kind] for kind in zip(dtypes, sizes, strict=True)]
+    ends = list(accumulate([nbytes for _, _, nbytes in found]))
+    begins = [0, *ends[:-1]]
+    offsets = [f"{colon}[{begin}{comma}{end}]}}{comma}" for begin, end in zip(begins, ends, strict=True)]
+    is_sound = (
+        _is_text_to_text(metadata)
+        and pieces[0] == "{"
+        and all(set(pieces[at::10]) == {word} for at, word in ((2, colon + "{"), (3, "dtype"), (4, colon)))
+        and all(set(pieces[at::10]) == {word} for at, word in ((6, comma), (7, "shape"), (9, "data_offsets")))
+        and pieces[10:-1:10] == offsets[:-1]
+        and pieces[-1] == offsets[-1].removesuffix(comma) + "}"
+        and ends[-1] == data_nbytes
+        and len({*names, "", "__metadata__"}) == len(names) + 2
+        and "".join(names).isprintable()
+    )
+    if not is_sound:
+        return None
+    specs = specs_of(names, [dtype for dtype, _, _ in found], [shape for _, shape, _ in found])
+    return metadata, list(zip(specs, begins, strict=True))
+
+
+def _kind(dtype: str, sizes: str, colon: str, comma: str) -> tuple[str, Shape, int]:
+    """Dtype, shape and bytes of tensors whose sizes are written so.
+
+    Raises:
+        ValueError: not as `_usual_header` wants them.
+    """
+    shape = tuple(int(size) for size in sizes[len(colon) + 1 : -len(comma) - 1].split(comma) if size)
+    usual = f"{colon}[{comma.join(map(str, shape))}]{comma}"
+    if dtype not in DTYPE_BITS or sizes != usual or not _are_sizes(list(shape)):
+        raise HeaderError(sizes)
+    return dtype, shape, _nbytes("", dtype, shape)
+
+
+def _is_text_to_text(metadata: Any) -> bool:
+    return isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
 
 
 def _entry(name: str, entry: Any, known: dict[tuple[str, Shape], int]) -> tuple[int, int, Spec]:
@@ -166,6 +225,7 @@ def _entry(name: str, entry: Any, known: dict[tuple[str, Shape], int]) -> tuple[
     return offsets[0], offsets[1], Spec(name, *kind)
 
 
+_UNIQUE = json.JSONDecoder(object_pairs_hook=_unique)
 _ENTRY = {"dtype", "shape", "data_offsets"}
 _TWO_INTEGERS = [int, int]
 _BY_PLACE = itemgetter(0, 1)
@@ -225,9 +285,8 @@ def _kind_text(dtype: str, shape: Shape) -> tuple[int, str]:
 
 
 def entry_nbytes(spec: Spec) -> int:
-    """The most bytes that a tensor takes in a header, whatever its place."""
-    name = spec.name
-    return 100 + len(name.encode()) + name.count('"') + name.count("\\") + 21 * len(spec.shape)
+    """More bytes than a tensor takes in a header, whatever its place and the characters of its name."""
+    return 100 + 4 * len(spec.name) + 21 * len(spec.shape)
 
 
 def head_nbytes(metadata: Mapping[str, str], file_nbytes: int) -> int:

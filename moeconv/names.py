@@ -9,7 +9,7 @@ no regular expressions in recipes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -204,6 +204,11 @@ def collapse(names: Sequence[str]) -> list[str]:
     for name in names:
         template, integers = split_name(name)
         groups.setdefault(template, set()).add(integers)
+    return collapse_rows(groups)
+
+
+def collapse_rows(groups: Mapping[str, set[tuple[int, ...]]]) -> list[str]:
+    """As `collapse`, for the templates and integers of names."""
     return [line for template, rows in groups.items() for line in _folded(template, rows)]
 
 

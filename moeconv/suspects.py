@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from moeconv.checkpoint import StoredTensor
 from moeconv.errors import Problem
@@ -73,7 +74,8 @@ def lost_experts(units: Sequence[Unit], rest: Sequence[StoredTensor], recipe: Re
         ]
     templates = {template_of(block) for block in held}
     routers: dict[str, dict[str, Shape]] = {}
-    for tensor in (*rest, *(tensor for unit in units for tensor in unit.tensors())):
+    alone = [hits.values() for unit in units for rule, hits in unit.hits if rule.pattern.ids is None]
+    for tensor in chain(rest, *alone):
         name, shape = tensor.spec.name, tensor.spec.shape
         if len(shape) == 2 and _ROUTER.search(name):
             for at in (at for at, character in enumerate(name) if character == "."):

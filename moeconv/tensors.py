@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, partial
 from math import prod
 from operator import itemgetter
 from typing import NamedTuple
@@ -42,6 +42,14 @@ class Spec(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype} {list(self.shape)}"
+
+
+def specs_of(names: Iterable[str], dtypes: Iterable[str], shapes: Iterable[Shape]) -> list[Spec]:
+    """The specs of many tensors, made without a call for each."""
+    return list(map(_new_spec, zip(names, dtypes, shapes, strict=True)))
+
+
+_new_spec = partial(tuple.__new__, Spec)
 
 
 def total_nbytes(specs: Iterable[Spec]) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from moeconv.checkpoint import StoredTensor
 from moeconv.dims import Dim
-from moeconv.names import Pattern
+from moeconv.names import Pattern, collapse_rows, split_name
 from moeconv.ops import Expression, parts_of
 from moeconv.recipe import Component, Rule
 from moeconv.tensors import Shape
@@ -43,6 +43,22 @@ class Unit(NamedTuple):
         """Names of the parts that are there, as the recipe has them; of a quantized matrix that of the matrix."""
         stored = [part for rule, _ in self.hits for part in parts_of(rule.value)]
         return list(dict.fromkeys(part.partition(".")[0] if self.component.form else part for part in stored))
+
+
+def unit_names(units: Iterable[Unit]) -> list[str]:
+    """Names of all tensors of units, collapsed (see `names.collapse`) without a look at each."""
+    groups: dict[str, set[tuple[int, ...]]] = {}
+    for rule, hits in (item for unit in units for item in unit.hits):
+        template, integers = split_name(next(iter(hits.values())).spec.name)
+        rows = groups.setdefault(template, set())
+        from_last = rule.pattern.expert_integer
+        if from_last is None:
+            rows.add(integers)
+        else:
+            at = len(integers) + from_last
+            before, behind = integers[:at], integers[at + 1 :]
+            rows.update([(*before, expert, *behind) for expert in hits])
+    return collapse_rows(groups)
 
 
 def layout_lines(component: Component, layout: str) -> set[tuple[Pattern, tuple[Dim, ...], Expression]]:

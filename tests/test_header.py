@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
-from moeconv.header import HeaderError, build_header, in_file_order, parse_header
+from moeconv.header import HeaderError, _usual_header, build_header, in_file_order, parse_header
 from moeconv.tensors import DTYPE_BITS, Spec
 from tests.commands import refused_source, succeeds
 from tests.folders import CONFIG, Tensor, experts_layout, pack_by_hand, read_folder, tensor, write_folder
@@ -236,3 +236,46 @@ def test_scalars_and_empty_tensors_pass_through(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", tensors, CONFIG, 2)
     succeeds("pack", source, tmp_path / "target")
     assert read_folder(tmp_path / "target") == pack_by_hand(tensors)
+
+
+SPELLINGS = st.sampled_from([(",", ":"), (", ", ": "), (",", ": "), (", ", ":"), (" ,", ":")])
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(
+    SOUND,
+    SPELLINGS,
+    st.sampled_from([None, {}, {"format": "pt"}, {"a": '{"dtype":"U8"'}, {"ä": "\\"}, 5, {"a": 5}]),
+    st.integers(0, 2),
+    st.lists(
+        st.tuples(st.integers(0, 400), st.sampled_from(["", '"', ",", " ", "0", "9", "{", "}", "]", "\n"])), max_size=2
+    ),
+)
+def test_the_usual_spelling_is_read_as_any_other(
+    tensors: list[tuple[str, list[int]]],
+    spelling: tuple[str, str],
+    metadata: Any,
+    spaces: int,
+    edits: list[tuple[int, str]],
+) -> None:
+    """Read column by column where that is possible, and entry by entry; edited at random places."""
+    header, nbytes = placed(tensors)
+    text = json.dumps({**({} if metadata is None else {"__metadata__": metadata}), **header}, separators=spelling)
+    for at, character in edits:
+        text = text[:at] + character + text[at + 1 :]
+    encoded = (text + " " * spaces).encode()
+    usual = _usual_header(encoded, nbytes)
+    if usual is None:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moeconv.header._usual_header", lambda text, nbytes: None)
+        assert parse_header(encoded, nbytes) == usual
+
+
+def test_the_header_that_writers_of_safetensors_spell_takes_the_short_way() -> None:
+    header, nbytes = placed([("BF16", [2, 3]), ("F32", []), ("U8", [0])])
+    for separators in ((",", ":"), (", ", ": ")):
+        for metadata in ({}, {"__metadata__": {"format": "pt"}}):
+            text = json.dumps({**metadata, **header}, separators=separators).encode()
+            assert _usual_header(text + b"  ", nbytes) is not None
+            assert _usual_header(text, nbytes + 1) is None
