@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from moeconv.errors import UsageError
 from moeconv.plan import BASELINE_BYTES, COPY_BUFFER_BYTES, TORCH_BYTES, Memory, Options
-from moeconv.steps import Decode, Step, Transcode, staged_nbytes, tile_rows, whole_run
+from moeconv.steps import Decode, Matrix, Step, Transcode, staged_nbytes, tile_rows, whole_run
 from moeconv.tensors import DTYPE_BITS
 
 #: Elements of a tile on a CPU, the first that the budget allows. Each costs some hundred calls, small and large ones
@@ -86,9 +86,16 @@ def _require(option: str, given: int, least: int) -> None:
 
 def _kind(step: Transcode) -> tuple[object, ...]:
     """Steps of one kind need the same."""
-    source = step.source
-    how = id(source.format) if isinstance(source, Decode) else whole_run(source) is None
-    return step.shape, step.row_multiple, step.source_dtype, id(step.encoder), how
+    how = [
+        (id(matrix.source.format) if isinstance(matrix.source, Decode) else whole_run(matrix.source) is None)
+        for matrix in _matrices(step)
+    ]
+    return step.matrix.shape, step.row_multiple, step.matrix.source_dtype, id(step.encoder), *how
+
+
+def _matrices(step: Transcode) -> tuple[Matrix, ...]:
+    """All that a step reads."""
+    return step.sharing or (step.matrix,)
 
 
 def _needs(transcodes: Sequence[Transcode], tile: int, on_gpu: bool) -> _Needs:
@@ -96,14 +103,17 @@ def _needs(transcodes: Sequence[Transcode], tile: int, on_gpu: bool) -> _Needs:
     needs = _Needs(COPY_BUFFER_BYTES, 0, 0, 0)
     for step in transcodes:
         rows = tile_rows(step, tile)
-        elements = rows * step.shape[1]
-        formats = [step.encoder, step.source.format if isinstance(step.source, Decode) else None]
+        matrices = _matrices(step)
+        elements = rows * step.matrix.shape[1]
+        formats = [step.encoder, *(m.source.format for m in matrices if isinstance(m.source, Decode))]
         live = elements * max(8, *(format_.live_nbytes for format_ in formats if format_))
-        staging = staged_nbytes(step.source, 0, rows)
+        staging = max(staged_nbytes(matrix.source, 0, rows) for matrix in matrices)
         buffer = 0
-        if not isinstance(step.source, Decode) and whole_run(step.source) is None:
-            item = DTYPE_BITS[step.source_dtype] // 8
-            buffer = elements * item * _REARRANGED_COPIES + _GAP_NBYTES * sum(step.shape)
+        for matrix in matrices:
+            if not isinstance(matrix.source, Decode) and whole_run(matrix.source) is None:
+                item = DTYPE_BITS[matrix.source_dtype] // 8
+                gaps = _GAP_NBYTES * sum(step.matrix.shape)
+                buffer = max(buffer, elements * item * _REARRANGED_COPIES + gaps)
         results = rows * step.row_nbytes * depth if on_gpu else live + PROCESS_BYTES
         needs = _Needs(
             max(needs.buffer, buffer), max(needs.staging, staging),

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from moeconv import __version__
+from moeconv.checkpoint import CONFIG
 from moeconv.encoded import CONFIG_DTYPES, quantization_config
 from moeconv.formats import Format
 
@@ -32,11 +34,15 @@ def groups_of(formats: Iterable[tuple[str, Format]]) -> list[Group]:
     return [Group(made, tuple(modules)) for made, modules in found.values()]
 
 
+#: Where ModelOpt says once more how a checkpoint is quantized.
+MODELOPT_SETTINGS = "hf_quant_config.json"
+
+
 def rewritten(
     config: Mapping[str, Any], groups: Sequence[Group], kept: Iterable[str], dtype: str | None,
     carried: Sequence[str] = (),
-) -> bytes | None:  # fmt: skip
-    """The file's new content.
+) -> dict[str, bytes]:  # fmt: skip
+    """New content of config.json, and of what readers want to find beside it, by path.
 
     Args:
         config: what it says now.
@@ -46,10 +52,10 @@ def rewritten(
         carried: what is kept of the `quantization_config` that it has now.
 
     Returns:
-        None where there is no config.json.
+        Nothing where there is no config.json.
     """
     if not config:
-        return None
+        return {}
     made = json.loads(json.dumps(config))
     for holder in (made, *(value for value in made.values() if isinstance(value, dict))):
         for key in ("quantization_config", "compression_config"):
@@ -61,14 +67,37 @@ def rewritten(
     if name:
         for key in [key for key in ("dtype", "torch_dtype") if key in made] or ["dtype"]:
             made[key] = name
-    return (json.dumps(made, indent=2, ensure_ascii=False) + "\n").encode()
+    contents = {CONFIG: _json(made)}
+    if groups and groups[0].format.quant_method == "modelopt":
+        said = made["quantization_config"]
+        quantization = {
+            "quant_algo": said["quant_algo"],
+            "kv_cache_quant_algo": None,
+            "group_size": said["config_groups"]["group_0"]["weights"]["group_size"],
+            "exclude_modules": said["ignore"],
+        }
+        contents[MODELOPT_SETTINGS] = _json({"producer": said["producer"], "quantization": quantization})
+    return contents
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _quantization_config(groups: Sequence[Group], kept: Sequence[str]) -> dict[str, Any]:
-    """The one for all matrices: `fp8`, or compressed-tensors with a group for each format."""
+    """The one for all matrices: `fp8`, ModelOpt's, or compressed-tensors with a group for each format."""
     first = groups[0].format
     if first.quant_method == "fp8":
         return {"quant_method": "fp8", **first.settings(), "modules_to_not_convert": kept}
+    if first.quant_method == "modelopt":
+        settings = first.settings()
+        return {
+            "quant_method": "modelopt",
+            "quant_algo": settings["quant_algo"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": settings["weights"]}},
+            "ignore": list(kept),
+            "producer": {"name": "moeconv", "version": __version__},
+        }
     targets = [["Linear"]] if len(groups) == 1 else _targets([group.modules for group in groups])
     said = {}
     for number, (group, named) in enumerate(zip(groups, targets, strict=True)):

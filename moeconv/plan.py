@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from moeconv.checkpoint import INDEX, Checkpoint, Encoded, StoredTensor
 from moeconv.encoded import format_of_module, quantization_config
 from moeconv.engines import Reading, format_readings, readings
 from moeconv.errors import PlanError, Problem, UsageError
+from moeconv.files import FileStat
 from moeconv.formats import Format, StoredPart
 from moeconv.layouts import find_units
 from moeconv.moves import Change, Fill, change
@@ -81,12 +82,14 @@ class Value(NamedTuple):
         format: what it is encoded in; None for as it is, or decoded.
         parts: the tensors it becomes, with what each is to the format; None for a plain tensor.
         why: one phrase.
+        dtype: in which it goes to its encoder, or is written.
     """
 
     fill: Fill
     format: Format | None
     parts: tuple[tuple[Spec, StoredPart | None], ...]
     why: str
+    dtype: str
 
     @property
     def source(self) -> Encoded | None:
@@ -147,7 +150,7 @@ class Plan:
         fingerprint: sha256 of everything that decides the output's bytes.
         scheme: what is quantized to what; None for a change of layout.
         values: every target of a quantization.
-        config: content of config.json where it is not the source's.
+        contents: small files that are not the source's, config.json above all, by path.
     """
 
     source: Checkpoint
@@ -166,7 +169,7 @@ class Plan:
     fingerprint: str
     scheme: Scheme | None = None
     values: tuple[Value, ...] = ()
-    config: bytes | None = None
+    contents: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -176,8 +179,13 @@ class Plan:
     @property
     def output_nbytes(self) -> int:
         """Bytes of the finished folder, without its manifest."""
-        sidecars = sum(f.nbytes for f in self.source.sidecars) + len(self.config or b"")
+        sidecars = sum(f.nbytes for f in self.copied_files) + sum(map(len, self.contents.values()))
         return sum(file.nbytes for file in self.files) + len(self.index) + sidecars
+
+    @property
+    def copied_files(self) -> tuple[FileStat, ...]:
+        """Files beside the weights that are carried over as they are."""
+        return tuple(file for file in self.source.sidecars if file.path not in self.contents)
 
 
 def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | None = None) -> Plan:

@@ -11,16 +11,14 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from math import lcm, prod
-from typing import Any
 
 from moeconv.budget import transcoding_memory
-from moeconv.checkpoint import Checkpoint, Encoded, LeftOut, StoredTensor
+from moeconv.checkpoint import Checkpoint, LeftOut
 from moeconv.config_json import Group, groups_of, rewritten
 from moeconv.encoded import STATIC_SCALES, decoded_view
 from moeconv.engines import KEPT, MIXED, format_readings, readings
 from moeconv.errors import PlanError, Problem
-from moeconv.formats import FLOATS, Decoder, Format, StoredPart
+from moeconv.formats import FLOATS
 from moeconv.layouts import find_units
 from moeconv.moves import Change, Fill, change, copy_of
 from moeconv.names import Pattern, collapse, natural_key
@@ -38,8 +36,9 @@ from moeconv.recipe import Recipe
 from moeconv.recipe_file import load_recipe
 from moeconv.scheme import Decider, Decision, Scheme
 from moeconv.shards import place_specs
-from moeconv.steps import Content, Decode, Part, Step, Task, Transcode, rearrangement, steps_of, tasks_of
-from moeconv.tensors import DTYPE_BITS, Shape, Spec
+from moeconv.steps import Step, Task, tasks_of
+from moeconv.tensors import Spec
+from moeconv.transcodes import is_same, parts_of, value_steps
 from moeconv.units import Unit
 from moeconv.unpacked import unpacked_view
 
@@ -127,12 +126,13 @@ class _Planner:
 
         @cache
         def make_tasks() -> tuple[Task, ...]:
-            steps: list[Step] = [step for value in values for step in self._steps(value, places)]
+            steps = [step for value in values for step in self._steps(value, places, shared)]
             return tasks_of(steps, [file.path for file in files])
 
+        shared = self._shared(values)
         # One of each kind tells what the run needs: a model has some hundred thousand matrices of few kinds.
         kinds = {_kind(value): value for value in values}
-        examples: list[Step] = [step for value in kinds.values() for step in self._steps(value, places)]
+        examples = [step for value in kinds.values() for step in self._steps(value, places, shared)]
         jobs = jobs_of(files, make_tasks, self.options)
         config = self._config(values, groups)
         layout = "experts" if changes or not self.quantizes else self._layout(kept)
@@ -227,7 +227,7 @@ class _Planner:
                 continue
             for partner in self.decider.partners(_module(fills[name].target)):
                 other = decisions.get(partner + WEIGHT)
-                if other is None or other.format is decision.format or _same(other.format, decision.format):
+                if other is None or other.format is decision.format or is_same(other.format, decision.format):
                     continue
                 if decision.is_named or other.is_named:
                     self.problems.append(
@@ -269,7 +269,7 @@ class _Planner:
             group = (found.before, found.ids)
             first = firsts.setdefault(group, name)
             one, other = decisions[first].format, decisions[name].format
-            if group not in unlike and not _same(one, other):
+            if group not in unlike and not is_same(one, other):
                 unlike.add(group)
                 self.problems.append(
                     Problem(
@@ -288,15 +288,16 @@ class _Planner:
         spec = fill.target
         made = decision.format
         stored = fill.moves[0].source.encoded if fill.moves else None
-        if stored is not None and made is not None and _same(stored.format, made):
+        if stored is not None and made is not None and is_same(stored.format, made):
             parts = tuple((tensor.spec, None) for tensor in stored.parts.values())
-            return Value(fill, made, parts, f"{made.name} already; copied byte for byte")
+            return Value(fill, made, parts, f"{made.name} already; copied byte for byte", self._dtype(fill))
         if made is None:
             why = decision.why if stored is None else f"decoded from {stored.format.name}"
-            return Value(fill, None, ((spec, None),), why)
+            return Value(fill, None, ((spec, None),), why, self._dtype(fill))
         head = _module(spec)
-        parts_ = _parts_of(made, spec.shape, self._dtype(fill))
-        return Value(fill, made, tuple((Spec(f"{head}.{p.suffix}", p.dtype, p.shape), p) for p in parts_), decision.why)
+        parts_ = parts_of(made, spec.shape, self._dtype(fill))
+        targets = tuple([(Spec(f"{head}.{p.suffix}", p.dtype, p.shape), p) for p in parts_])
+        return Value(fill, made, targets, decision.why, self._dtype(fill))
 
     def _check(self, values: Sequence[Value], groups: Sequence[Group], experts: set[str], has_units: bool) -> None:
         names: set[str] = set()
@@ -329,56 +330,25 @@ class _Planner:
                 )
         if not self.problems and not any(value.format for value in values):
             self.problems.append(Problem("nothing would be quantized", "Loosen --only or --ignore."))
-        if len(groups) > 1 and any(group.format.quant_method == "fp8" for group in groups):
+        alone = [group.format.name for group in groups if group.format.quant_method != "compressed-tensors"]
+        if len(groups) > 1 and alone:
             self.problems.append(
                 Problem(
-                    "fp8 cannot stand beside another format in one config.json",
-                    "Take fp8_dynamic or fp8_block, which can be mixed with the others.",
+                    f"{alone[0]} cannot stand beside another format in one config.json",
+                    "Take formats of compressed-tensors, such as fp8_dynamic, which can be mixed.",
                 )
             )
 
-    def _steps(self, value: Value, places: Mapping[str, tuple[int, int]]) -> Iterator[Step]:
-        fill, stored = value.fill, value.source
-        if stored is not None and value.format is not None and _same(stored.format, value.format):
-            for tensor in stored.parts.values():
-                yield from steps_of(copy_of(tensor), places[tensor.spec.name])
-            return
-        if value.is_plain:
-            yield from steps_of(fill, places[fill.target.name])
-            return
-        shape, dtype = fill.target.shape, self._dtype(fill)
-        if value.format is None:
-            spec = value.parts[0][0]
-            file, start = places[spec.name]
-            targets = [_part("", spec, file, start, 1)]
-            multiple = 1
-        else:
-            targets = []
-            for spec, part in value.parts:
-                file, start = places[spec.name]
-                assert part is not None
-                if part.rows:
-                    targets.append(_part(part.suffix, spec, file, start, part.rows))
-                else:
-                    yield Content(file, start, value.format.constant(part, shape))
-            multiple = value.format.row_multiple
-        if stored is not None:
-            multiple = lcm(multiple, stored.format.row_multiple)
-        written = sum(spec.nbytes for spec, _ in value.parts)
-        yield Transcode(
-            fill.target.name, shape, dtype, self._read(fill, stored), fill.target.dtype, value.format, tuple(targets),
-            multiple, max(1, written // shape[0]), 0, shape[0], self.scheme.allow_nonfinite,
-        )  # fmt: skip
+    def _shared(self, values: Sequence[Value]) -> dict[str, tuple[Value, ...]]:
+        """For each matrix that shares a scale, all that share it: those that engines fuse with it, in one order."""
+        named = {_module(v.fill.target): v for v in values if v.format is not None and v.format.shares_scale}
+        partners = {module: [p for p in self.decider.partners(module) if p in named] or [module] for module in named}
+        return {v.fill.target.name: tuple([named[p] for p in partners[module]]) for module, v in named.items()}
 
-    def _read(self, fill: Fill, stored: Encoded | None) -> Any:
-        if stored is None:
-            return rearrangement(fill, 0, 0)
-        parts = [
-            _source_part(part, tensor)
-            for part in _parts_of(stored.format, fill.target.shape, "BF16")
-            if part.rows and (tensor := stored.parts.get(part.suffix)) is not None
-        ]
-        return Decode(stored.format, tuple(parts))
+    def _steps(
+        self, value: Value, places: Mapping[str, tuple[int, int]], shared: Mapping[str, tuple[Value, ...]]
+    ) -> Iterator[Step]:
+        return value_steps(value, places, self.scheme.allow_nonfinite, shared.get(value.fill.target.name, ()))
 
     def _fingerprint(self) -> str:
         before = fingerprint_of(self.stored, self.recipe, "quantize", self.options)
@@ -408,10 +378,10 @@ class _Planner:
             lines.append(f"kept because the recipe does not know these stacks: {', '.join(collapse(stacks)[:6])}")
         return lines
 
-    def _config(self, values: Sequence[Value], groups: Sequence[Group]) -> bytes | None:
+    def _config(self, values: Sequence[Value], groups: Sequence[Group]) -> dict[str, bytes]:
         kept = [_module(v.fill.target) for v in values if v.format is None and _is_layer(v.fill.target)]
         is_cast = any(value.source or self._dtype(value.fill) != value.fill.target.dtype for value in values)
-        is_copied = any(v.source and v.format and _same(v.source.format, v.format) for v in values)
+        is_copied = any(v.source and v.format and is_same(v.source.format, v.format) for v in values)
         carried = ("scale_fmt",) if is_copied else ()  # how engines treat the scales that stay as they are
         return rewritten(self.stored.config, groups, kept, self.scheme.dtype if is_cast else None, carried)
 
@@ -446,35 +416,3 @@ def _is_matrix(spec: Spec) -> bool:
 
 def _module(spec: Spec) -> str:
     return spec.name.removesuffix(WEIGHT)
-
-
-def _same(one: Decoder | None, other: Decoder | None) -> bool:
-    """Readers are told the same of both; how scales were chosen or stored does not matter to them."""
-    if one is other:
-        return True
-    if type(one) is not type(other) or not isinstance(one, Format) or not isinstance(other, Format):
-        return False
-    return one.settings() == other.settings()
-
-
-def _source_part(part: StoredPart, tensor: StoredTensor) -> Part:
-    """Where rows of a part are read: one after another, or evenly spaced in a larger tensor."""
-    spec = tensor.spec
-    found = _part(part.suffix, spec, tensor.file, tensor.offset, part.rows)
-    if tensor.inside is None:
-        return found
-    view, item = tensor.inside.view, DTYPE_BITS[spec.dtype] // 8
-    if not view.axes:  # a number
-        return found._replace(offset=tensor.offset + tensor.inside.at * item)
-    stride = view.axes[0].step * prod(view.block[1:]) * item
-    return found._replace(offset=tensor.offset + (tensor.inside.at + view.first) * item, stride=stride)
-
-
-@cache  # a model has few shapes
-def _parts_of(made: Decoder, shape: Shape, dtype: str) -> tuple[StoredPart, ...]:
-    return made.parts(shape, dtype)
-
-
-def _part(suffix: str, spec: Spec, file: int, offset: int, rows: int) -> Part:
-    size = spec.shape[0] if spec.shape else 1
-    return Part(suffix, spec.dtype, file, offset, spec.nbytes // max(1, size), size, rows)

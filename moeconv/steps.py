@@ -117,22 +117,15 @@ class Decode(NamedTuple):
     parts: tuple[Part, ...]
 
 
-class Transcode(NamedTuple):
-    """Rows `first` to `last` (excluded) of a matrix: read, or decoded, then encoded, or cast, and written.
+class Matrix(NamedTuple):
+    """A matrix to be read, or decoded.
 
     Attributes:
-        name: of the matrix, for messages.
+        name: for messages.
         shape: of the whole matrix.
-        dtype: what the encoder gets, a safetensors name.
+        dtype: what it is taken as, a safetensors name.
         source: the matrix as pieces of source tensors, or as parts of a quantized one.
         source_dtype: dtype of the pieces.
-        encoder: the format to write; None to write `dtype`.
-        targets: places of the parts that have rows, in the order of the encoder; one part where there is none.
-        row_multiple: rows can be cut at multiples of this.
-        row_nbytes: bytes written for one row, on average; for progress.
-        first: first row.
-        last: row behind the last.
-        allow_nonfinite: NaN and infinities count as zero; otherwise they are an error.
     """
 
     name: str
@@ -140,6 +133,24 @@ class Transcode(NamedTuple):
     dtype: str
     source: Rearrange | Decode
     source_dtype: str
+
+
+class Transcode(NamedTuple):
+    """Rows `first` to `last` (excluded) of a matrix: read, or decoded, then encoded, or cast, and written.
+
+    Attributes:
+        matrix: what is read.
+        encoder: the format to write; None to write the matrix in its dtype.
+        targets: places of the parts that have rows, in the order of the encoder; one part where there is none.
+        row_multiple: rows can be cut at multiples of this.
+        row_nbytes: bytes written for one row, on average; for progress.
+        first: first row.
+        last: row behind the last.
+        allow_nonfinite: NaN and infinities count as zero; otherwise they are an error.
+        sharing: all matrices with which it shares a scale, itself included; they are measured first.
+    """
+
+    matrix: Matrix
     encoder: Format | None
     targets: tuple[Part, ...]
     row_multiple: int
@@ -147,6 +158,7 @@ class Transcode(NamedTuple):
     first: int
     last: int
     allow_nonfinite: bool
+    sharing: tuple[Matrix, ...] = ()
 
     @property
     def target_file(self) -> int:
@@ -164,8 +176,8 @@ class Transcode(NamedTuple):
 
 def tile_rows(step: Transcode, elements: int) -> int:
     """Rows of a tile of about so many elements, at least what the formats take at once."""
-    rows = elements // max(1, step.shape[1]) // step.row_multiple * step.row_multiple
-    return min(step.shape[0], max(step.row_multiple, rows))
+    rows = elements // max(1, step.matrix.shape[1]) // step.row_multiple * step.row_multiple
+    return min(step.matrix.shape[0], max(step.row_multiple, rows))
 
 
 def staged_nbytes(source: Rearrange | Decode, first: int, last: int) -> int:

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from moeconv.device import Compute, Job, Lane
 from moeconv.errors import CheckpointError
 from moeconv.files import OpenFiles, Rows
-from moeconv.steps import PART_ALIGNMENT, Decode, Ranges, Rearrange, Transcode, staged_nbytes, tile_rows, whole_run
+from moeconv.formats import EXPONENT_NAN, amax
+from moeconv.steps import (
+    PART_ALIGNMENT,
+    Decode,
+    Matrix,
+    Ranges,
+    Rearrange,
+    Transcode,
+    staged_nbytes,
+    tile_rows,
+    whole_run,
+)
 
 if TYPE_CHECKING:
     import numpy
@@ -17,6 +29,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moeconv.plan import Memory
+
+#: Matrices that share a scale lie close to each other: of so many groups the largest magnitude is remembered.
+_KNOWN_PEAKS = 64
 
 #: Receives target file number, offset and bytes, and how they are spread where they are not one run. The bytes are
 #: only valid during the call.
@@ -56,17 +71,39 @@ class Transcoder:
         self._tile_elements = memory.tile_elements
         self._under_way: deque[tuple[Transcode, int, int, Job]] = deque()
         self._staging = deque(lane.staging(memory.staging) for _ in range(lane.depth))
+        self._peaks: dict[str, float] = {}
 
     def run(self, step: Transcode, sink: Sink) -> None:
         """Begin all tiles of a step; the last ones may still be under way afterwards."""
         rows = tile_rows(step, self._tile_elements)
-        compute = _compute(step)
+        compute = _encoding(step, self._peak(step, rows, sink) if step.sharing else 0.0)
         for first in range(step.first, step.last, rows):
             last = min(first + rows, step.last)
             if len(self._under_way) == self._lane.depth:
                 self._deliver(sink)  # the job that read the staging buffer which comes next
-            inputs = self._read(step, first, last)
+            inputs = self._read(step.matrix, first, last)
             self._under_way.append((step, first, last, self._lane.submit(inputs, compute)))
+
+    def _peak(self, step: Transcode, rows: int, sink: Sink) -> float:
+        """Largest magnitude of all matrices that share a scale, which follow each other in most tasks."""
+        key = step.sharing[0].name
+        if key not in self._peaks:
+            self.finish(sink)  # the staging buffers are needed
+            if len(self._peaks) == _KNOWN_PEAKS:
+                del self._peaks[next(iter(self._peaks))]
+            self._peaks[key] = max(self._peak_of(matrix, rows, step.allow_nonfinite) for matrix in step.sharing)
+        return self._peaks[key]
+
+    def _peak_of(self, matrix: Matrix, rows: int, allow_nonfinite: bool) -> float:
+        compute = _measuring(matrix, allow_nonfinite)
+        peak = 0.0
+        for first in range(0, matrix.shape[0], rows):
+            last = min(first + rows, matrix.shape[0])
+            (found,) = self._lane.submit(self._read(matrix, first, last), compute).wait()
+            if not isfinite(found):
+                raise _not_finite(matrix, first, last)
+            peak = max(peak, float(found))
+        return peak
 
     def finish(self, sink: Sink) -> None:
         """Wait for all that is under way."""
@@ -84,7 +121,7 @@ class Transcoder:
         step, first, last, job = self._under_way.popleft()
         *made, is_finite = job.wait()
         if not bool(is_finite):
-            raise self._not_finite(step, first, last)
+            raise self._cause(step, first, last)
         for part, tensor in zip(step.targets, made, strict=True):
             at, _ = part.bounds(first, last)
             content = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
@@ -95,13 +132,13 @@ class Transcoder:
         self._staging.rotate(-1)
         return self._staging[-1][:nbytes]
 
-    def _read(self, step: Transcode, first: int, last: int) -> list[Tensor]:
+    def _read(self, matrix: Matrix, first: int, last: int) -> list[Tensor]:
         """Rows of a matrix as the source has them: one tensor, or all parts of a quantized one."""
-        if isinstance(step.source, Decode):
-            return self._read_parts(step.source, first, last)
+        if isinstance(matrix.source, Decode):
+            return self._read_parts(matrix.source, first, last)
         import numpy
 
-        source, columns = step.source, step.shape[1]
+        source, columns = matrix.source, matrix.shape[1]
         item = source.item_nbytes
         raw = self._staged((last - first) * columns * item)
         run = whole_run(source)
@@ -110,7 +147,7 @@ class Transcoder:
         else:
             array = raw.numpy().view({2: numpy.uint16, 4: numpy.uint32}[item]).reshape(-1, columns)
             self._fill(source, ((first, last), (0, columns)), array)
-        return [raw.view(torch_dtype(step.source_dtype)).view(-1, columns)]
+        return [raw.view(torch_dtype(matrix.source_dtype)).view(-1, columns)]
 
     def _read_parts(self, source: Decode, first: int, last: int) -> list[Tensor]:
         raw = self._staged(staged_nbytes(source, first, last))
@@ -125,45 +162,65 @@ class Transcoder:
             at += -(-len(content) // PART_ALIGNMENT) * PART_ALIGNMENT
         return parts
 
-    def _not_finite(self, step: Transcode, first: int, last: int) -> CheckpointError:
+    def _cause(self, step: Transcode, first: int, last: int) -> CheckpointError:
         """Why a scale of these rows is not finite: the rows are not, or a range has no width in their dtype."""
         import torch
 
         self.abandon()
-        where = f"in rows {first} to {last - 1}"
-        *tile, _ = _compute(step._replace(encoder=None))(self._read(step, first, last))
-        if step.encoder and bool(torch.isfinite(tile[0]).all()):
+        matrix = step.matrix
+        if step.encoder and bool(torch.isfinite(_tile(matrix, self._read(matrix, first, last), False)).all()):
             return CheckpointError(
-                f"{step.name} holds finite values too large for {step.encoder.name} {where}",
+                f"{matrix.name} holds finite values too large for {step.encoder.name} in rows {first} to {last - 1}",
                 "Choose a symmetric format for it, or keep it with --ignore.",
             )
-        return CheckpointError(
-            f"{step.name} holds NaN or infinite values {where}",
-            "Repair the checkpoint, or count them as zero with --allow-nonfinite.",
-        )
+        return _not_finite(matrix, first, last)
+
+
+def _not_finite(matrix: Matrix, first: int, last: int) -> CheckpointError:
+    return CheckpointError(
+        f"{matrix.name} holds NaN or infinite values in rows {first} to {last - 1}",
+        "Repair the checkpoint, or count them as zero with --allow-nonfinite.",
+    )
 
 
 def _memory(tensor: Tensor) -> memoryview:
     return memoryview(tensor.numpy().data)
 
 
-def _compute(step: Transcode) -> Compute:
+def _tile(matrix: Matrix, inputs: Sequence[Tensor], allow_nonfinite: bool) -> Tensor:
+    """Rows of a matrix in the dtype that it is taken as, from what was read of it."""
+    import torch
+
+    dtype = torch_dtype(matrix.dtype)
+    if isinstance(matrix.source, Decode):
+        parts = {part.suffix: tensor for part, tensor in zip(matrix.source.parts, inputs, strict=True)}
+        tile = matrix.source.format.decode(parts, matrix.shape[1], dtype)
+    else:
+        tile = inputs[0].to(dtype)
+    return torch.nan_to_num(tile, nan=0.0, posinf=0.0, neginf=0.0) if allow_nonfinite else tile
+
+
+def _measuring(matrix: Matrix, allow_nonfinite: bool) -> Compute:
+    """What a device does with a tile to find its largest magnitude, which is not finite where a value is not."""
+
+    def compute(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [amax(_tile(matrix, inputs, allow_nonfinite).view(1, -1), 1)]
+
+    return compute
+
+
+def _encoding(step: Transcode, peak: float) -> Compute:
     """What a device does with the inputs of a tile: the rows of all parts, and whether their scales are finite."""
 
     def compute(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         import torch
 
-        dtype = torch_dtype(step.dtype)
-        if isinstance(step.source, Decode):
-            parts = {part.suffix: tensor for part, tensor in zip(step.source.parts, inputs, strict=True)}
-            tile = step.source.format.decode(parts, step.shape[1], dtype)
-        else:
-            tile = inputs[0].to(dtype)
-        if step.allow_nonfinite:
-            tile = torch.nan_to_num(tile, nan=0.0, posinf=0.0, neginf=0.0)
+        tile = _tile(step.matrix, inputs, step.allow_nonfinite)
         if step.encoder is None:
             return tile, torch.ones((), dtype=torch.bool, device=tile.device)
-        made = step.encoder.encode(tile)
-        return *made, torch.isfinite(made[1].float()).all()
+        made = step.encoder.encode(tile, peak)
+        scales = made[1]
+        is_finite = scales != EXPONENT_NAN if scales.dtype == torch.uint8 else torch.isfinite(scales.float())
+        return *made, is_finite.all()
 
     return compute

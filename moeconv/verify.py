@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moeconv.checkpoint import CONFIG, MAX_CONFIG_BYTES, Checkpoint, open_checkpoint
+from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.device import CpuDevice
 from moeconv.encoded import decoded_view
 from moeconv.errors import CheckpointError, Problem
@@ -173,14 +173,13 @@ def compare(wanted_plan: Plan, made: Checkpoint, files: Files | None = None) -> 
 
 
 def _other_files(wanted: Plan, made: Checkpoint, files: Files) -> Iterator[Problem]:
-    """Files that are carried over as they are, and are missing or differ; config.json, where the plan writes it."""
+    """Files that are carried over as they are, or written by the plan, and are missing or differ."""
     source = wanted.source
     found = {file.path: file.nbytes for file in made.sidecars}
-    for file in source.sidecars:
-        if file.path == CONFIG and wanted.config is not None:
-            if CONFIG not in found or files.read_bytes(made.root / CONFIG, MAX_CONFIG_BYTES) != wanted.config:
-                yield Problem(f"{made.root / CONFIG} is not the one of this conversion", "Convert again.")
-            continue
+    for path, content in wanted.contents.items():
+        if found.get(path) != len(content) or files.read_bytes(made.root / path, len(content)) != content:
+            yield Problem(f"{made.root / path} is not the one of this conversion", "Convert again.")
+    for file in wanted.copied_files:
         theirs, ours = source.root / file.path, made.root / file.path
         if file.path not in found:
             yield Problem(f"{ours} is missing", f"Copy {theirs} there, or convert again.")

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moeconv.checkpoint import CONFIG, JOURNAL, MANIFEST, MAX_INDEX_BYTES, read_manifest
+from moeconv.checkpoint import JOURNAL, MANIFEST, MAX_INDEX_BYTES, read_manifest
 from moeconv.errors import CheckpointError, OutputError
 from moeconv.explain import disk_of, size
 from moeconv.files import Files, WriteFile
@@ -141,11 +141,9 @@ class Writer:
     def _damaged(self) -> str | None:
         """The first file of the finished folder that is not as this plan makes it, as far as a look can tell."""
         index = index_path(self.plan)
-        contents = {index: self.plan.index} if index else {}
-        for entry in self.plan.source.sidecars:
-            if entry.path == CONFIG and self.plan.config is not None:
-                contents[CONFIG] = self.plan.config
-            elif not self._has(self.destination / entry.path, entry.nbytes):
+        contents = {**self.plan.contents, **({index: self.plan.index} if index else {})}
+        for entry in self.plan.copied_files:
+            if not self._has(self.destination / entry.path, entry.nbytes):
                 return entry.path
         for path, content in contents.items():
             is_sized = self._has(self.destination / path, len(content))
@@ -364,11 +362,10 @@ class Writer:
     def finish(self, manifest: bytes) -> None:
         """Write all other files, make everything durable, and give the folder its name."""
         source = self.plan.source
-        for entry in source.sidecars:
-            if entry.path == CONFIG and self.plan.config is not None:
-                self._write_file(self.partial / CONFIG, self.plan.config)
-            else:
-                self._copy_file(source.root / entry.path, self.partial / entry.path, entry.nbytes)
+        for entry in self.plan.copied_files:
+            self._copy_file(source.root / entry.path, self.partial / entry.path, entry.nbytes)
+        for path, content in self.plan.contents.items():
+            self._write_file(self.partial / path, content)
         index = index_path(self.plan)
         if index:
             self._write_file(self.partial / index, self.plan.index)

@@ -34,7 +34,7 @@ from tests.meter import Meter
 
 TORCH_DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32,
-    "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8,
 }  # fmt: skip
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
@@ -71,7 +71,9 @@ SEARCHED = [
     *(Choice(name, {"search": "mse"}) for name in ("w4a16", "w8a16", "w4a16_asym")),
     Choice("w4a16_asym", {"group_size": 6, "search": "mse"}, 6),
 ]
-EVERY = [*FINE_GRAINED, *COMPRESSED, *SEARCHED]
+MX = [Choice("mxfp4a16", {}, 32), Choice("mxfp8a16", {}, 32)]
+NVFP4 = [Choice("nvfp4a16", {}, 16), Choice("modelopt_nvfp4", {}, 16)]
+EVERY = [*FINE_GRAINED, *COMPRESSED, *SEARCHED, *MX, *NVFP4]
 
 of_fine_grained = pytest.mark.parametrize("choice", FINE_GRAINED, ids=str)
 of_compressed = pytest.mark.parametrize("choice", COMPRESSED, ids=str)
@@ -146,19 +148,26 @@ def encoded(choice: Choice, matrix: Tensor, dtype: str) -> dict[str, Tensor]:
     """Parts that have rows, by suffix."""
     made = choice.make()
     parts = [part for part in made.parts(tuple(matrix.shape), dtype) if part.rows]
-    return {part.suffix: tensor for part, tensor in zip(parts, made.encode(matrix), strict=True)}
+    return {part.suffix: tensor for part, tensor in zip(parts, made.encode(matrix, peak_of(matrix)), strict=True)}
+
+
+def peak_of(matrix: Tensor) -> float:
+    """Largest magnitude of the finite values."""
+    return float(matrix.nan_to_num(0.0, 0.0, 0.0).abs().amax())
 
 
 def raw(tensor: Tensor) -> Tensor:
     """Its bytes, by way of a copy: an axis of size 1 may have a stride that no view accepts."""
-    return tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    return tensor.reshape(-1, *tensor.shape[1:]).clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def assert_same(ours: Tensor, reference: Tensor, what: str) -> None:
     """The same dtype, shape and bytes."""
     assert ours.dtype == reference.dtype, what
     assert ours.shape == reference.shape, what
-    assert ours.view(torch.uint8).is_contiguous(), what  # which includes the strides of axes of size 1
+    assert ours.reshape(-1, *ours.shape[1:]).view(torch.uint8).is_contiguous(), (
+        what
+    )  # which includes the strides of axes of size 1
     differing = int((raw(ours) != raw(reference)).sum())
     assert not differing, f"{what}: {differing} of {ours.nbytes} bytes differ"
 
@@ -317,17 +326,21 @@ def test_tiles_have_the_bytes_of_the_whole(choice: Choice, dtype: str) -> None:
         # A tile's place in memory must not matter either, so tiles are views of the whole.
         matrix = sources(shape, dtype)["every magnitude"]
         parts = [part for part in made.parts(shape, dtype) if part.rows]
-        whole = made.encode(matrix)
+        peak = peak_of(matrix)
+        whole = made.encode(matrix, peak)
         decoded = made.decode(dict(zip([part.suffix for part in parts], whole, strict=True)), shape[1])
         for step in {made.row_multiple, 2 * made.row_multiple, 5 * made.row_multiple}:
-            tiles = [made.encode(matrix[first : first + step]) for first in range(0, count, step)]
+            tiles = [made.encode(matrix[first : first + step], peak) for first in range(0, count, step)]
             for number, part in enumerate(parts):
+                if part.rows == count:  # of the whole matrix: every tile has it
+                    assert all(torch.equal(raw(tile[number]), raw(whole[number])) for tile in tiles), part.suffix
+                    continue
                 joined = torch.cat([raw(tile[number]) for tile in tiles])
                 assert_same(joined, raw(whole[number]), f"{part.suffix} in tiles of {step} rows")
             for first in range(0, count, step):
                 last = min(first + step, count)
                 rows_of_parts = {
-                    part.suffix: tensor[first // part.rows : -(-last // part.rows)]
+                    part.suffix: tensor[first // part.rows : -(-last // part.rows)] if tensor.dim() else tensor
                     for part, tensor in zip(parts, whole, strict=True)
                 }
                 assert_same(made.decode(rows_of_parts, shape[1]), decoded[first:last], f"decoded rows {first}-{last}")
@@ -343,13 +356,14 @@ def test_parts_are_what_encode_returns_whatever_the_values(choice: Choice, dtype
         tile = gaussian(shape, 10).to(TORCH_DTYPES[dtype]).to(device)
         parts = made.parts(shape, dtype)
         with_rows = [part for part in parts if part.rows]
-        tensors = made.encode(tile)
+        tensors = made.encode(tile, 0.1)
         assert [(TORCH_DTYPES[part.dtype], part.shape) for part in with_rows] == [
             (tensor.dtype, tuple(tensor.shape)) for tensor in tensors
         ]
         assert [tensor.device.type for tensor in tensors] == [device] * len(tensors)
-        assert [part.shape[0] for part in with_rows] == [-(-shape[0] // part.rows) for part in with_rows]
-        assert all(made.row_multiple % part.rows == 0 for part in with_rows)
+        by_rows = [part for part in with_rows if not made.shares_scale or part.shape not in ((), (1,))]
+        assert [part.shape[0] for part in by_rows] == [-(-shape[0] // part.rows) for part in by_rows]
+        assert all(made.row_multiple % part.rows == 0 for part in by_rows)
         by_suffix = {part.suffix: tensor for part, tensor in zip(with_rows, tensors, strict=True)}
         decoded = made.decode(by_suffix, shape[1])
         assert (decoded.dtype, decoded.shape, decoded.device.type) == (torch.float32, shape, device)
@@ -377,7 +391,7 @@ def test_live_bytes_stay_within_what_the_format_states(choice: Choice, dtype: st
             continue
         tile = gaussian(shape, 11).to(TORCH_DTYPES[dtype]).to(device)
         with Meter(tile) as meter:
-            tensors = made.encode(tile)
+            tensors = made.encode(tile, 0.1)
         assert meter.peak <= made.live_nbytes * tile.numel(), f"encode {shape}"
         suffixes = [part.suffix for part in made.parts(shape, dtype) if part.rows]
         parts = dict(zip(suffixes, tensors, strict=True))
@@ -431,6 +445,7 @@ def test_a_value_that_is_not_finite_shows_in_a_scale(choice: Choice, dtype: str,
         matrix[place[0], place[1] % matrix.shape[1]] = value
         parts = encoded(choice, matrix.to(TORCH_DTYPES[dtype]), dtype)
         scale = next(part for suffix, part in parts.items() if suffix.startswith("weight_scale"))
+        scale = scale.view(torch.float8_e8m0fnu).float() if scale.dtype == torch.uint8 else scale.float()
         assert scale.isfinite().logical_not().sum() == 1, f"{place} among {others}"
 
 
@@ -447,7 +462,7 @@ def test_what_does_not_fit_is_refused(choice: Choice) -> None:
     if choice.name == "fp8":
         for shape in [(576, 128), (128, 192), (1, 128)]:
             assert str(list(shape)) in (made.refusal(shape, "BF16") or "")
-    if choice.name in ("w4a16", "w8a16", "w4a16_asym"):
+    if choice.columns != 128 or choice.name in ("w4a16", "w8a16", "w4a16_asym"):
         for columns in (choice.columns + 1, choice.columns - 1, choice.columns // 2):
             assert str(columns) in (made.refusal((128, columns), "BF16") or "")
 

@@ -231,7 +231,7 @@ def test_an_index_of_the_same_size_with_other_content_is_found(source: Path) -> 
 
 
 def test_a_config_that_the_plan_changes_is_what_a_finished_destination_must_hold(source: Path) -> None:
-    target, made = source.parent / "target", replace(make_plan(source), config=b'{"changed": 1}')
+    target, made = source.parent / "target", replace(make_plan(source), contents={"config.json": b'{"changed": 1}'})
     assert execute(made, target, ["test"]).is_new
     assert not execute(made, target, ["test"]).is_new
     (target / "config.json").write_bytes(b'{"changed": 2}')

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from moeconv.formats.format import FLOATS, Decoder, Format, StoredPart
-from moeconv.formats.fp4 import FP4_DIALECTS
+from moeconv.formats.fp4 import FP4_DIALECTS, ModelOptNvFp4, MxFp4, NvFp4
 from moeconv.formats.fp8 import BlockFp8, ChannelFp8, FineGrainedFp8, MxFp8, TensorFp8
 from moeconv.formats.integers import ChannelInt8, PackedInt
+from moeconv.formats.mx import EXPONENT_NAN
+from moeconv.formats.strips import amax
 
 __all__ = [
-    "FLOATS", "FORMATS", "FP4_DIALECTS", "BlockFp8", "ChannelFp8", "ChannelInt8", "Decoder", "FineGrainedFp8", "Format",
-    "MxFp8", "PackedInt", "StoredPart", "TensorFp8", "format_name", "make_format",
+    "EXPONENT_NAN", "FLOATS", "FORMATS", "FP4_DIALECTS", "BlockFp8", "ChannelFp8", "ChannelInt8", "Decoder",
+    "FineGrainedFp8", "Format", "MxFp8", "PackedInt", "StoredPart", "TensorFp8", "amax", "format_name", "make_format",
 ]  # fmt: skip
 
 #: Formats that can be written, by name, and the options that each takes with the type of their values.
@@ -20,9 +22,13 @@ FORMATS: dict[str, tuple[Callable[..., Format], dict[str, type]]] = {
     "fp8": (FineGrainedFp8, {"ue8m0": bool}),
     "fp8_dynamic": (ChannelFp8, {}),
     "fp8_block": (BlockFp8, {}),
+    "mxfp8a16": (MxFp8, {}),
     "w8a8": (ChannelInt8, {}),
     "w4a16": (lambda **own: PackedInt(4, **own), {"group_size": int, "search": str}),
     "w8a16": (lambda **own: PackedInt(8, **own), {"group_size": int, "search": str}),
+    "nvfp4a16": (NvFp4, {}),
+    "modelopt_nvfp4": (ModelOptNvFp4, {}),
+    "mxfp4a16": (MxFp4, {}),
     "w4a16_asym": (lambda **own: PackedInt(4, False, **own), {"group_size": int, "search": str}),
 }
 

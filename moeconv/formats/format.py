@@ -71,9 +71,11 @@ class Format(Decoder):
 
     Attributes:
         quant_method: `quant_method` of config.json.
+        shares_scale: one scale stands for the whole matrix, and for those that engines fuse with it.
     """
 
     quant_method: str
+    shares_scale: bool = False
 
     def refusal(self, shape: Shape, dtype: str) -> str | None:
         """Why a matrix cannot have this format, or None."""
@@ -84,15 +86,16 @@ class Format(Decoder):
         return None
 
     @abstractmethod
-    def encode(self, tile: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, tile: Tensor, peak: float = 0.0) -> tuple[Tensor, ...]:
         """Encode rows of a matrix.
 
         Args:
             tile: [rows, K] in the dtype of the source.
+            peak: largest magnitude of all matrices that share a scale, where the format has one.
 
         Returns:
             The rows of all parts that have rows, in the order of `parts`. Not finite where the tile was not: a scale
-            is then NaN or Inf.
+            is then NaN or Inf, or 255 among bytes.
         """
 
     def constant(self, part: StoredPart, shape: Shape) -> bytes:

@@ -16,16 +16,23 @@ formats (OCP Microscaling specification 1.0) a group has 32 columns and the scal
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moeconv.formats.format import Decoder, StoredPart
-from moeconv.formats.strips import strips
+from moeconv.formats.format import Decoder, Format, StoredPart
+from moeconv.formats.fp8 import E4M3_MAX
+from moeconv.formats.mx import exponents, power_of_two
+from moeconv.formats.strips import amax, by_group, float_strips, strips
 from moeconv.tensors import Shape
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+FP4_MAX = 6.0
+#: A half has steps of 2^-24 where it is smallest: a number times this is rounded there to multiples of 0.5.
+_TO_HALF_STEPS = 2.0**-23
 
 
 class GroupFp4(Decoder):
@@ -83,17 +90,148 @@ class GroupFp4(Decoder):
         return decoded
 
 
+class _WrittenFp4(GroupFp4, Format):
+    """A dialect that can be written."""
+
+    live_nbytes = 20
+
+    def refusal(self, shape: Shape, dtype: str) -> str | None:
+        refused = super().refusal(shape, dtype)
+        if refused is None and shape[1] % self.group:
+            return f"{shape[1]} columns are not made of whole groups of {self.group}"
+        return refused
+
+    @abstractmethod
+    def _scales(self, most: Tensor, peak: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Scales of groups.
+
+        Args:
+            most: largest magnitudes of groups, in the dtype of the source.
+            peak: that of all matrices which share a scale.
+
+        Returns:
+            Scales as they are stored, float32 by which values are divided, and the scale of the whole matrix.
+        """
+
+    def encode(self, tile: Tensor, peak: float = 0.0) -> tuple[Tensor, ...]:
+        import torch
+
+        rows, columns = tile.shape
+        groups = columns // self.group
+        codes = torch.empty((rows, columns // 2), dtype=torch.uint8, device=tile.device)
+        most = torch.empty((rows, groups), dtype=tile.dtype, device=tile.device)
+        for strip in strips(tile):
+            most[strip] = amax(by_group(tile[strip], self.group), 2)
+        scales, divisors, whole = self._scales(most, peak)
+        rounder = _Rounder()
+        for strip, values in float_strips(tile):
+            by_group(values, self.group).div_(divisors[strip][..., None])
+            codes[strip] = _packed(rounder.nearest(values))
+        made = codes.view(rows, groups, -1) if self.has_blocks else codes, scales
+        return (*made, whole) if self.whole else made
+
+
+class MxFp4(_WrittenFp4):
+    """compressed-tensors `mxfp4-pack-quantized` (MXFP4A16).
+
+    The scale is the power of two that brings the largest magnitude of a group into [3.5, 7): formula of
+    compressed-tensors, `quantization/utils/mxfp_utils.py`. What is above 6 becomes 6.
+    """
+
+    quant_method = "compressed-tensors"
+
+    def __init__(self) -> None:
+        super().__init__("mxfp4a16", 32, ("weight_packed", "U8"), ("weight_scale", "U8"))
+
+    def _scales(self, most: Tensor, peak: float) -> tuple[Tensor, Tensor, Tensor]:
+        scales = exponents(most, offset=2)
+        return scales, power_of_two(scales), most
+
+    def settings(self) -> dict[str, Any]:
+        weights = {
+            "num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32,
+            "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8", "dynamic": False,
+        }  # fmt: skip
+        return {"format": "mxfp4-pack-quantized", "weights": weights, "input_activations": None}
+
+
+class NvFp4(_WrittenFp4):
+    """compressed-tensors `nvfp4-pack-quantized` (NVFP4A16).
+
+    With the largest magnitude A of the matrix and of those that engines fuse with it, and a of a group:
+    G = 448 * 6 / A, s = E4M3(G * a / 6), 0.125 for a group of zeros, and a code stands for code * s / G. Quotients
+    are rounded to the source's dtype first, as compressed-tensors does (`generate_gparam`, `calculate_qparams`).
+    """
+
+    quant_method = "compressed-tensors"
+    shares_scale = True
+
+    def __init__(self) -> None:
+        super().__init__(
+            "nvfp4a16", 16, ("weight_packed", "U8"), ("weight_scale", "F8_E4M3"), "weight_global_scale", True
+        )
+
+    def _scales(self, most: Tensor, peak: float) -> tuple[Tensor, Tensor, Tensor]:
+        import torch
+
+        largest = torch.tensor(peak, dtype=most.dtype, device=most.device)
+        factor = (E4M3_MAX * FP4_MAX / largest.clamp(min=torch.finfo(most.dtype).tiny)).float()
+        # Half precision has no room for the factor of small numbers: compressed-tensors takes 1 and loses them.
+        factor = torch.where(factor.isinf(), E4M3_MAX * FP4_MAX / largest.float(), factor)
+        factor = factor.nan_to_num_(nan=1.0, posinf=1.0)[None]
+        floats = ((most / FP4_MAX).float() * factor).clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+        floats = torch.where(floats == 0, 0.125, floats).where(most.isfinite(), torch.nan)
+        return floats.to(torch.float8_e4m3fn), floats.div_(factor), factor
+
+    def settings(self) -> dict[str, Any]:
+        weights = {
+            "num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16,
+            "scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn", "dynamic": False,
+        }  # fmt: skip
+        return {"format": "nvfp4-pack-quantized", "weights": weights, "input_activations": None}
+
+
+class ModelOptNvFp4(_WrittenFp4):
+    """NVFP4 as ModelOpt writes it without scales for activations (W4A16_NVFP4).
+
+    With A and a as in `NvFp4`: G = A / (448 * 6), s = E4M3(a / (6 * G)) between 2^-9 and 448, 1 for a group of zeros,
+    and a code stands for code * s * G; all in float32 (ModelOpt 0.47, `qtensor/nvfp4_tensor.py`).
+    """
+
+    quant_method = "modelopt"
+    shares_scale = True
+
+    def __init__(self, is_number: bool = True) -> None:
+        super().__init__(
+            "modelopt_nvfp4", 16, ("weight", "U8"), ("weight_scale", "F8_E4M3"), "weight_scale_2", is_number=is_number
+        )
+
+    def _scales(self, most: Tensor, peak: float) -> tuple[Tensor, Tensor, Tensor]:
+        import torch
+
+        factor = torch.tensor(peak, dtype=torch.float32, device=most.device) / (FP4_MAX * E4M3_MAX)
+        factor = torch.where(factor == 0, 1.0, factor)  # of zeros, where ModelOpt divides by it
+        floats = most.float() / (FP4_MAX * factor)
+        floats = torch.where(floats == 0, 1.0, floats.clamp_(2**-9, E4M3_MAX)).where(most.isfinite(), torch.nan)
+        scales = floats.to(torch.float8_e4m3fn)
+        return scales, scales.float().mul_(factor), factor
+
+    def settings(self) -> dict[str, Any]:
+        weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": self.group}
+        return {"quant_algo": "W4A16_NVFP4", "weights": weights}
+
+
 BLOCKS_MXFP4 = GroupFp4("gptoss_mxfp4", 32, ("weight_blocks", "U8"), ("weight_scales", "U8"), has_blocks=True)
 #: All that can be read.
 FP4_DIALECTS = (
     BLOCKS_MXFP4,
-    GroupFp4("mxfp4a16", 32, ("weight_packed", "U8"), ("weight_scale", "U8")),
+    MxFp4(),
     GroupFp4("modelopt_mxfp4", 32, ("weight", "U8"), ("weight_scale", "U8")),
     GroupFp4("fp4_e8m0", 32, ("weight", "I8"), ("scale", "F8_E8M0")),
     GroupFp4("fp4_e8m0", 32, ("weight", "I8"), ("scale", "U8")),
-    GroupFp4("nvfp4a16", 16, ("weight_packed", "U8"), ("weight_scale", "F8_E4M3"), "weight_global_scale", True),
-    GroupFp4("modelopt_nvfp4", 16, ("weight", "U8"), ("weight_scale", "F8_E4M3"), "weight_scale_2", is_number=True),
-    GroupFp4("modelopt_nvfp4", 16, ("weight", "U8"), ("weight_scale", "F8_E4M3"), "weight_scale_2"),
+    NvFp4(),
+    ModelOptNvFp4(),
+    ModelOptNvFp4(is_number=False),
 )
 
 
@@ -109,3 +247,38 @@ def _floats(codes: Tensor) -> Tensor:
     both = torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)
     halves = (both & 7) << 9 | (both & 8) << 12
     return halves.view(torch.float16).float().mul_(float(1 << 14))
+
+
+class _Rounder:
+    """Finds nearest codes, in the same memory for one strip after another. A number of -0 has the code of 0."""
+
+    def __init__(self) -> None:
+        self._room: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """Codes as int16, of a tie the even one, valid until the next call. The numbers are overwritten.
+
+        They are rounded to multiples of 0.5, 1 and 2, which is what a cast to half precision does with numbers as small
+        as its least. Counted in codes, steps of 1 begin at code 2 and steps of 2 at code 4; each rounding is right in
+        its own range and too large elsewhere, so that the least of the three is the code. What is above 6 has code 7.
+        """
+        import torch
+
+        if self._room is None:  # the first strip is the largest
+            halves = torch.empty_like(values, dtype=torch.float16)
+            self._room = halves, torch.empty_like(halves), torch.empty_like(halves, dtype=torch.int16)
+        halves, coarser, codes = (room[: len(values)] for room in self._room)
+        finest = halves.copy_(values.add_(0.0).mul_(_TO_HALF_STEPS)).view(torch.int16)
+        torch.bitwise_and(finest, 0x7FFF, out=codes)
+        for first in (2, 4):
+            counted = coarser.copy_(values.mul_(0.5)).view(torch.int16).bitwise_and_(0x7FFF).add_(first)
+            torch.minimum(codes, counted, out=codes)
+        return codes.clamp_(max=7).bitwise_or_(finest.bitwise_right_shift_(12).bitwise_and_(8))
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """Codes as bytes, two in each."""
+    import torch
+
+    pairs = codes.view(torch.int32)
+    return (pairs | pairs >> 12).to(torch.uint8)

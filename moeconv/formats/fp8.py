@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from moeconv.formats.format import Decoder, Format, StoredPart
+from moeconv.formats.mx import exponents, power_of_two
 from moeconv.formats.rows import RowFormat
 from moeconv.formats.strips import amax, by_group, float_strips, scale_of, strips
 from moeconv.tensors import Shape
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 #: Largest number of E4M3 (OCP 8-bit floating point, "fn": no infinities).
 E4M3_MAX = 448.0
 BLOCK = 128
-_NAN_CODE = 0x7F
+E4M3_NAN = 0x7F
 #: All bits of a half but the highest of its exponent.
 _HALF_MASK = ~(1 << 14)
 
@@ -92,7 +93,7 @@ def _floats(codes: Tensor) -> Tensor:
         return codes.float()
     halves = codes.view(torch.int8).to(torch.int16).mul_(1 << 7).bitwise_and_(_HALF_MASK)
     floats = halves.view(torch.float16).float().mul_(256.0)
-    if int((codes.view(torch.uint8) & _NAN_CODE).amax()) == _NAN_CODE:
+    if int((codes.view(torch.uint8) & E4M3_NAN).amax()) == E4M3_NAN:
         floats[codes.isnan()] = torch.nan
     return floats
 
@@ -138,7 +139,7 @@ class FineGrainedFp8(_Fp8):
             StoredPart(self.suffix, self.scale_dtype, self._blocks_shape(shape), BLOCK),
         )
 
-    def encode(self, tile: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, tile: Tensor, peak: float = 0.0) -> tuple[Tensor, ...]:
         import torch
 
         most = _block_amax(tile).float()
@@ -195,7 +196,7 @@ class BlockFp8(_Fp8):
             StoredPart("weight_scale", dtype, self._blocks_shape(shape), BLOCK),
         )
 
-    def encode(self, tile: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, tile: Tensor, peak: float = 0.0) -> tuple[Tensor, ...]:
         scale = scale_of(_block_amax(tile), E4M3_MAX)
         return _encode_blocks(tile, scale, divided=True), scale
 
@@ -210,16 +211,42 @@ class BlockFp8(_Fp8):
         }
 
 
-class MxFp8(Decoder):
-    """E4M3 with a power of two for 32 columns, a byte e for 2 ^ (e - 127): MXFP8 of compressed-tensors and ModelOpt."""
+class MxFp8(Format):
+    """compressed-tensors `mxfp8-quantized` (MXFP8A16): a power of two for 32 columns, a byte e for 2 ^ (e - 127).
+
+    It brings the largest magnitude of a group into [224, 448]: formula of compressed-tensors,
+    `quantization/utils/mxfp_utils.py`.
+
+    Args:
+        suffix: what scales that are read are called.
+        scale_dtype: of scales that are read.
+    """
 
     name = "mxfp8a16"
-    live_nbytes = 13
+    quant_method = "compressed-tensors"
+    live_nbytes = 15
     group = 32
 
     def __init__(self, suffix: str = "weight_scale", scale_dtype: str = "U8") -> None:
         self.suffix = suffix
         self.scale_dtype = scale_dtype
+
+    def refusal(self, shape: Shape, dtype: str) -> str | None:
+        refused = super().refusal(shape, dtype)
+        if refused is None and shape[1] % self.group:
+            return f"{shape[1]} columns are not made of whole groups of {self.group}"
+        return refused
+
+    def encode(self, tile: Tensor, peak: float = 0.0) -> tuple[Tensor, ...]:
+        import torch
+
+        codes = torch.empty(tile.shape, dtype=torch.float8_e4m3fn, device=tile.device)
+        scales = torch.empty((len(tile), tile.shape[1] // self.group), dtype=torch.uint8, device=tile.device)
+        for strip, values in float_strips(tile):
+            scales[strip] = exponents(amax(by_group(tile[strip], self.group), 2), offset=8)
+            by_group(values, self.group).div_(power_of_two(scales[strip])[..., None])
+            codes[strip] = values
+        return codes, scales
 
     def parts(self, shape: Shape, dtype: str) -> tuple[StoredPart, ...]:
         return (
@@ -237,6 +264,12 @@ class MxFp8(Decoder):
             values = by_group(_floats(codes[strip]), self.group)
             decoded[strip] = values.mul_(scales[strip][..., None]).flatten(1)
         return decoded
+
+    def settings(self) -> dict[str, Any]:
+        weights = _arguments(
+            strategy="group", group_size=self.group, scale_dtype="torch.uint8", zp_dtype="torch.uint8", dynamic=False
+        )
+        return {"format": "mxfp8-quantized", "weights": weights, "input_activations": None}
 
 
 class TensorFp8(Decoder):

@@ -97,7 +97,7 @@ class PackedInt(Format):
     def constant(self, part: StoredPart, shape: Shape) -> bytes:
         return pack("<2q", *shape)
 
-    def encode(self, tile: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, tile: Tensor, peak: float = 0.0) -> tuple[Tensor, ...]:
         import torch
 
         rows, columns = tile.shape

@@ -41,7 +41,7 @@ class RowFormat(Format):
             StoredPart("weight_scale", dtype, (shape[0], 1), 1),
         )
 
-    def encode(self, tile: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, tile: Tensor, peak: float = 0.0) -> tuple[Tensor, ...]:
         import torch
 
         code_dtype = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}[self.code_dtype]

@@ -1,0 +1,104 @@
+"""From a matrix and its format to steps: where rows are read, where the rows of every part go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from math import lcm, prod
+
+from moeconv.checkpoint import Encoded, StoredTensor
+from moeconv.formats import Decoder, Format, StoredPart
+from moeconv.moves import copy_of
+from moeconv.plan import Value
+from moeconv.steps import Content, Decode, Matrix, Part, Rearrange, Step, Transcode, rearrangement, steps_of
+from moeconv.tensors import DTYPE_BITS, Shape, Spec
+
+#: File number and byte offset of every target tensor.
+Places = Mapping[str, tuple[int, int]]
+
+
+def value_steps(value: Value, places: Places, allow_nonfinite: bool, sharing: Sequence[Value] = ()) -> Iterator[Step]:
+    """The steps that make all tensors of a value.
+
+    Args:
+        value: what to make.
+        places: of the target tensors.
+        allow_nonfinite: NaN and infinities count as zero.
+        sharing: all values that share a scale with it, itself included.
+    """
+    fill, stored = value.fill, value.source
+    if stored is not None and is_same(stored.format, value.format):
+        for tensor in stored.parts.values():
+            yield from steps_of(copy_of(tensor), places[tensor.spec.name])
+        return
+    if value.is_plain:
+        yield from steps_of(fill, places[fill.target.name])
+        return
+    shape = fill.target.shape
+    targets = []
+    for spec, part in value.parts:
+        place = places[spec.name]
+        if part is None or part.rows:
+            targets.append(_target(part, spec, place))
+        else:
+            assert value.format is not None
+            yield Content(*place, value.format.constant(part, shape))
+    read = [other.source.format.row_multiple for other in (*sharing, value) if other.source is not None]
+    multiple = lcm(value.format.row_multiple if value.format is not None else 1, *read)
+    written = sum(spec.nbytes for spec, _ in value.parts)
+    yield Transcode(
+        _matrix(value), value.format, tuple(targets), multiple, max(1, written // shape[0]), 0, shape[0],
+        allow_nonfinite, tuple(_matrix(other) for other in sharing),
+    )  # fmt: skip
+
+
+def is_same(one: Decoder | None, other: Decoder | None) -> bool:
+    """Readers are told the same of both; how scales were chosen or stored does not matter to them."""
+    if one is other:
+        return True
+    if type(one) is not type(other) or not isinstance(one, Format) or not isinstance(other, Format):
+        return False
+    return one.settings() == other.settings()
+
+
+@cache  # a model has few shapes
+def parts_of(made: Decoder, shape: Shape, dtype: str) -> tuple[StoredPart, ...]:
+    """The tensors that a matrix becomes."""
+    return made.parts(shape, dtype)
+
+
+def _matrix(value: Value) -> Matrix:
+    target, stored = value.fill.target, value.source
+    read: Rearrange | Decode = rearrangement(value.fill, 0, 0) if stored is None else _decode(stored, target.shape)
+    return Matrix(target.name, target.shape, value.dtype, read, target.dtype)
+
+
+def _decode(stored: Encoded, shape: Shape) -> Decode:
+    parts = [
+        _source(part, tensor)
+        for part in parts_of(stored.format, shape, "BF16")
+        if part.rows and (tensor := stored.parts.get(part.suffix)) is not None
+    ]
+    return Decode(stored.format, tuple(parts))
+
+
+def _source(part: StoredPart, tensor: StoredTensor) -> Part:
+    """Where rows of a part are read: one after another, or evenly spaced in a larger tensor."""
+    spec = tensor.spec
+    found = _part(part.suffix, spec, tensor.file, tensor.offset, part.rows)
+    if tensor.inside is None:
+        return found
+    view, item = tensor.inside.view, DTYPE_BITS[spec.dtype] // 8
+    if not view.axes:  # a number
+        return found._replace(offset=tensor.offset + tensor.inside.at * item)
+    stride = view.axes[0].step * prod(view.block[1:]) * item
+    return found._replace(offset=tensor.offset + (tensor.inside.at + view.first) * item, stride=stride)
+
+
+def _target(part: StoredPart | None, spec: Spec, place: tuple[int, int]) -> Part:
+    return _part(part.suffix, spec, *place, part.rows) if part is not None else _part("", spec, *place, 1)
+
+
+def _part(suffix: str, spec: Spec, file: int, offset: int, rows: int) -> Part:
+    size = spec.shape[0] if spec.shape else 1
+    return Part(suffix, spec.dtype, file, offset, spec.nbytes // max(1, size), size, rows)
