@@ -117,6 +117,7 @@ class _Planner:
         fills += [copy_of(tensor) for tensor in found.rest]
         values = self._values(fills, experts, [(unit.block, names) for unit, names in stacks])
         groups = groups_of((_module(value.fill.target), value.format) for value in values if value.format)
+        shared = self._shared(values)
         self._check(values, groups, experts, bool(found.units))
         if self.problems:
             raise PlanError.of(self.problems)
@@ -129,7 +130,6 @@ class _Planner:
             steps = [step for value in values for step in self._steps(value, places, shared)]
             return tasks_of(steps, [file.path for file in files])
 
-        shared = self._shared(values)
         # One of each kind tells what the run needs: a model has some hundred thousand matrices of few kinds.
         kinds = {_kind(value): value for value in values}
         examples = [step for value in kinds.values() for step in self._steps(value, places, shared)]
@@ -342,8 +342,19 @@ class _Planner:
     def _shared(self, values: Sequence[Value]) -> dict[str, tuple[Value, ...]]:
         """For each matrix that shares a scale, all that share it: those that engines fuse with it, in one order."""
         named = {_module(v.fill.target): v for v in values if v.format is not None and v.format.shares_scale}
-        partners = {module: [p for p in self.decider.partners(module) if p in named] or [module] for module in named}
-        return {v.fill.target.name: tuple([named[p] for p in partners[module]]) for module, v in named.items()}
+        shared = {}
+        for module, value in named.items():
+            partners = [named[p] for p in self.decider.partners(module) if p in named] or [value]
+            shared[value.fill.target.name] = tuple(partners)
+            copied = [v.fill.target.name for v in partners if v.source and is_same(v.source.format, v.format)]
+            if copied and len(copied) < len(partners) and value is partners[0]:
+                self.problems.append(
+                    Problem(
+                        f"{copied[0]} has its format already, what engines fuse with it has not: they need one scale",
+                        "Dequantize the checkpoint first, then quantize it.",
+                    )
+                )
+        return shared
 
     def _steps(
         self, value: Value, places: Mapping[str, tuple[int, int]], shared: Mapping[str, tuple[Value, ...]]
