@@ -18,7 +18,7 @@ from moeconv.config_json import Group, groups_of, rewritten
 from moeconv.encoded import STATIC_SCALES, decoded_view
 from moeconv.engines import KEPT, MIXED, format_readings, readings
 from moeconv.errors import PlanError, Problem
-from moeconv.formats import FLOATS
+from moeconv.formats import FLOATS, Decoder, Format
 from moeconv.layouts import find_units
 from moeconv.moves import Change, Fill, change, copy_of
 from moeconv.names import Pattern, collapse, natural_key
@@ -294,10 +294,13 @@ class _Planner:
         if made is None:
             why = decision.why if stored is None else f"decoded from {stored.format.name}"
             return Value(fill, None, ((spec, None),), why, self._dtype(fill))
+        why = decision.why
+        if stored is not None and made.takes(stored.format):
+            why = f"{stored.format.name} with the same codes"
         head = _module(spec)
         parts_ = parts_of(made, spec.shape, self._dtype(fill))
         targets = tuple([(Spec(f"{head}.{p.suffix}", p.dtype, p.shape), p) for p in parts_])
-        return Value(fill, made, targets, decision.why, self._dtype(fill))
+        return Value(fill, made, targets, why, self._dtype(fill))
 
     def _check(self, values: Sequence[Value], groups: Sequence[Group], experts: set[str], has_units: bool) -> None:
         names: set[str] = set()
@@ -345,8 +348,8 @@ class _Planner:
         shared = {}
         for module, value in named.items():
             partners = [named[p] for p in self.decider.partners(module) if p in named] or [value]
-            shared[value.fill.target.name] = tuple(partners)
-            copied = [v.fill.target.name for v in partners if v.source and is_same(v.source.format, v.format)]
+            copied = [v.fill.target.name for v in partners if v.source and _has_codes(v.source.format, v.format)]
+            shared[value.fill.target.name] = () if len(copied) == len(partners) else tuple(partners)
             if copied and len(copied) < len(partners) and value is partners[0]:
                 self.problems.append(
                     Problem(
@@ -414,6 +417,11 @@ def _kind(value: Value) -> tuple[object, ...]:
     routes = tuple([id(move.route) for move in value.fill.moves])
     source = value.source and id(value.source.format)
     return id(value.format), source, value.fill.target.dtype, value.fill.target.shape, routes
+
+
+def _has_codes(stored: Decoder, made: Format | None) -> bool:
+    """What is stored is in that format already, or has its codes."""
+    return is_same(stored, made) or (made is not None and made.takes(stored))
 
 
 def _is_layer(spec: Spec) -> bool:

@@ -93,7 +93,9 @@ class Part(NamedTuple):
         row_nbytes: bytes of one index of its axis 0.
         size: of its axis 0.
         rows: matrix rows that one index stands for.
-        stride: bytes from one index of axis 0 to the next; 0 where they follow each other.
+        stride: bytes from one index of axis 0 to the next; 0 where they follow each other. Where rows lie across, from
+            one run of them to the next.
+        runs: where the matrix' rows lie along axis 1, the size of axis 0; all else then speaks of axis 1.
     """
 
     suffix: str
@@ -104,10 +106,16 @@ class Part(NamedTuple):
     size: int
     rows: int
     stride: int = 0
+    runs: int = 0
 
     def bounds(self, first: int, last: int) -> tuple[int, int]:
         """Indices of axis 0 that belong to matrix rows `first` to `last` (excluded)."""
         return first // self.rows, min(self.size, -(-last // self.rows))
+
+    def nbytes(self, first: int, last: int) -> int:
+        """Bytes that belong to these rows."""
+        begin, end = self.bounds(first, last)
+        return (end - begin) * self.row_nbytes * max(1, self.runs)
 
 
 class Decode(NamedTuple):
@@ -184,11 +192,7 @@ def staged_nbytes(source: Rearrange | Decode, first: int, last: int) -> int:
     """Bytes in a staging buffer of what rows `first` to `last` (excluded) are made from."""
     if isinstance(source, Rearrange):
         return (last - first) * source.row_nbytes
-    nbytes = 0
-    for part in source.parts:
-        begin, end = part.bounds(first, last)
-        nbytes += -(-(end - begin) * part.row_nbytes // PART_ALIGNMENT) * PART_ALIGNMENT
-    return nbytes
+    return sum(-(-part.nbytes(first, last) // PART_ALIGNMENT) * PART_ALIGNMENT for part in source.parts)
 
 
 class Content(NamedTuple):

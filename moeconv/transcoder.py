@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moeconv.device import Compute, Job, Lane
 from moeconv.errors import CheckpointError
 from moeconv.files import OpenFiles, Rows
-from moeconv.formats import EXPONENT_NAN, amax
+from moeconv.formats import EXPONENT_NAN, FormatError, amax
 from moeconv.steps import (
     PART_ALIGNMENT,
     Decode,
@@ -81,8 +81,15 @@ class Transcoder:
             last = min(first + rows, step.last)
             if len(self._under_way) == self._lane.depth:
                 self._deliver(sink)  # the job that read the staging buffer which comes next
-            inputs = self._read(step.matrix, first, last)
-            self._under_way.append((step, first, last, self._lane.submit(inputs, compute)))
+            self._under_way.append((step, first, last, self._submit(step.matrix, first, last, compute)))
+
+    def _submit(self, matrix: Matrix, first: int, last: int, compute: Compute) -> Job:
+        try:
+            return self._lane.submit(self._read(matrix, first, last), compute)
+        except FormatError as error:
+            raise CheckpointError(
+                f"{matrix.name}, rows {first} to {last - 1}: {error}", "Start from the checkpoint in full precision."
+            ) from None
 
     def _peak(self, step: Transcode, rows: int, sink: Sink) -> float:
         """Largest magnitude of all matrices that share a scale, which follow each other in most tasks."""
@@ -99,7 +106,7 @@ class Transcoder:
         peak = 0.0
         for first in range(0, matrix.shape[0], rows):
             last = min(first + rows, matrix.shape[0])
-            (found,) = self._lane.submit(self._read(matrix, first, last), compute).wait()
+            (found,) = self._submit(matrix, first, last, compute).wait()
             if not isfinite(found):
                 raise _not_finite(matrix, first, last)
             peak = max(peak, float(found))
@@ -154,11 +161,16 @@ class Transcoder:
         parts, at = [], 0
         for part in source.parts:
             begin, end = part.bounds(first, last)
-            content = raw[at : at + (end - begin) * part.row_nbytes]
-            pitch = part.row_nbytes
-            rows = Rows(end - begin, pitch, part.stride or pitch, pitch)
-            self._sources[part.file].read_rows(_memory(content), part.offset + begin * rows.stride, rows)
-            parts.append(content.view(torch_dtype(part.dtype)).view(end - begin, -1))
+            content = raw[at : at + part.nbytes(first, last)]
+            if part.runs:
+                pitch = (end - begin) * part.row_nbytes
+                rows, start = Rows(part.runs, pitch, part.stride, pitch), begin * part.row_nbytes
+            else:
+                pitch = part.row_nbytes
+                rows = Rows(end - begin, pitch, part.stride or pitch, pitch)
+                start = begin * rows.stride
+            self._sources[part.file].read_rows(_memory(content), part.offset + start, rows)
+            parts.append(content.view(torch_dtype(part.dtype)).view(rows.count, -1))
             at += -(-len(content) // PART_ALIGNMENT) * PART_ALIGNMENT
         return parts
 
@@ -193,11 +205,14 @@ def _tile(matrix: Matrix, inputs: Sequence[Tensor], allow_nonfinite: bool) -> Te
 
     dtype = torch_dtype(matrix.dtype)
     if isinstance(matrix.source, Decode):
-        parts = {part.suffix: tensor for part, tensor in zip(matrix.source.parts, inputs, strict=True)}
-        tile = matrix.source.format.decode(parts, matrix.shape[1], dtype)
+        tile = matrix.source.format.decode(_parts(matrix.source, inputs), matrix.shape[1], dtype)
     else:
         tile = inputs[0].to(dtype)
     return torch.nan_to_num(tile, nan=0.0, posinf=0.0, neginf=0.0) if allow_nonfinite else tile
+
+
+def _parts(source: Decode, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {part.suffix: tensor for part, tensor in zip(source.parts, inputs, strict=True)}
 
 
 def _measuring(matrix: Matrix, allow_nonfinite: bool) -> Compute:
@@ -215,10 +230,14 @@ def _encoding(step: Transcode, peak: float) -> Compute:
     def compute(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         import torch
 
-        tile = _tile(step.matrix, inputs, step.allow_nonfinite)
-        if step.encoder is None:
-            return tile, torch.ones((), dtype=torch.bool, device=tile.device)
-        made = step.encoder.encode(tile, peak)
+        source = step.matrix.source
+        if step.encoder and isinstance(source, Decode) and step.encoder.takes(source.format):
+            made = step.encoder.retold(source.format, _parts(source, inputs))
+        else:
+            tile = _tile(step.matrix, inputs, step.allow_nonfinite)
+            if step.encoder is None:
+                return tile, torch.ones((), dtype=torch.bool, device=tile.device)
+            made = step.encoder.encode(tile, peak)
         scales = made[1]
         is_finite = scales != EXPONENT_NAN if scales.dtype == torch.uint8 else torch.isfinite(scales.float())
         return *made, is_finite.all()

@@ -38,8 +38,10 @@ def value_steps(value: Value, places: Places, allow_nonfinite: bool, sharing: Se
     targets = []
     for spec, part in value.parts:
         place = places[spec.name]
-        if part is None or part.rows:
-            targets.append(_target(part, spec, place))
+        if part is None:
+            targets.append(_part(StoredPart("", spec.dtype, shape, 1), spec, *place))
+        elif part.rows:
+            targets.append(_part(part, spec, *place))
         else:
             assert value.format is not None
             yield Content(*place, value.format.constant(part, shape))
@@ -53,12 +55,17 @@ def value_steps(value: Value, places: Places, allow_nonfinite: bool, sharing: Se
 
 
 def is_same(one: Decoder | None, other: Decoder | None) -> bool:
-    """Readers are told the same of both; how scales were chosen or stored does not matter to them."""
+    """Readers are told the same of both, and find the same names; how scales were chosen does not matter to them."""
     if one is other:
         return True
     if type(one) is not type(other) or not isinstance(one, Format) or not isinstance(other, Format):
         return False
-    return one.settings() == other.settings()
+    return one.settings() == other.settings() and _names(one) == _names(other)
+
+
+@cache
+def _names(made: Decoder) -> tuple[str, ...]:
+    return tuple(part.suffix for part in made.parts((1 << 10, 1 << 10), "BF16"))
 
 
 @cache  # a model has few shapes
@@ -85,7 +92,7 @@ def _decode(stored: Encoded, shape: Shape) -> Decode:
 def _source(part: StoredPart, tensor: StoredTensor) -> Part:
     """Where rows of a part are read: one after another, or evenly spaced in a larger tensor."""
     spec = tensor.spec
-    found = _part(part.suffix, spec, tensor.file, tensor.offset, part.rows)
+    found = _part(part, spec, tensor.file, tensor.offset)
     if tensor.inside is None:
         return found
     view, item = tensor.inside.view, DTYPE_BITS[spec.dtype] // 8
@@ -95,10 +102,12 @@ def _source(part: StoredPart, tensor: StoredTensor) -> Part:
     return found._replace(offset=tensor.offset + (tensor.inside.at + view.first) * item, stride=stride)
 
 
-def _target(part: StoredPart | None, spec: Spec, place: tuple[int, int]) -> Part:
-    return _part(part.suffix, spec, *place, part.rows) if part is not None else _part("", spec, *place, 1)
-
-
-def _part(suffix: str, spec: Spec, file: int, offset: int, rows: int) -> Part:
-    size = spec.shape[0] if spec.shape else 1
-    return Part(suffix, spec.dtype, file, offset, spec.nbytes // max(1, size), size, rows)
+def _part(part: StoredPart, spec: Spec, file: int, offset: int) -> Part:
+    if len(spec.shape) < 2:
+        return Part(part.suffix, spec.dtype, file, offset, spec.nbytes, 1, part.rows)
+    if part.is_across:
+        runs, size = spec.shape
+        pitch = spec.nbytes // runs
+        return Part(part.suffix, spec.dtype, file, offset, pitch // size, size, part.rows, pitch, runs)
+    size = spec.shape[0]
+    return Part(part.suffix, spec.dtype, file, offset, spec.nbytes // max(1, size), size, part.rows)

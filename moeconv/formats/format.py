@@ -28,13 +28,20 @@ class StoredPart(NamedTuple):
         suffix: what follows the module's name: `weight_scale` in `model.layers.0.mlp.up_proj.weight_scale`.
         dtype: a safetensors name such as "F8_E4M3".
         shape: of the whole tensor.
-        rows: matrix rows that one index of axis 0 stands for; 0 for a part that has nothing to do with rows.
+        rows: matrix rows that one index of axis 0 stands for; a part of less than two axes belongs to all of them. 0 for
+            a part that has nothing to do with rows.
+        is_across: the matrix' rows lie along axis 1, not 0.
     """
 
     suffix: str
     dtype: str
     shape: Shape
     rows: int
+    is_across: bool = False
+
+
+class FormatError(ValueError):
+    """Stored values that a format cannot mean; the text says why, without a name."""
 
 
 class Decoder(ABC):
@@ -63,6 +70,9 @@ class Decoder(ABC):
             parts: by suffix; all that have rows, each with its other axes as one.
             columns: K, where parts are padded.
             dtype: to round to in the end; None for float32.
+
+        Raises:
+            FormatError: the values contradict each other.
         """
 
 
@@ -97,6 +107,18 @@ class Format(Decoder):
             The rows of all parts that have rows, in the order of `parts`. Not finite where the tile was not: a scale
             is then NaN or Inf, or 255 among bytes.
         """
+
+    def takes(self, stored: Decoder) -> bool:
+        """Whether a matrix in that format can be written in this one with the values that it has, bit for bit."""
+        return False
+
+    def retold(self, stored: Decoder, parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Rows of all parts, as `encode` returns them, from rows in a format that this one takes.
+
+        Raises:
+            FormatError: the values contradict each other.
+        """
+        raise NotImplementedError(stored.name)
 
     def constant(self, part: StoredPart, shape: Shape) -> bytes:
         """Content of a part without rows."""

@@ -101,6 +101,21 @@ class _WrittenFp4(GroupFp4, Format):
             return f"{shape[1]} columns are not made of whole groups of {self.group}"
         return refused
 
+    def takes(self, stored: Decoder) -> bool:
+        return isinstance(stored, GroupFp4) and (stored.group, bool(stored.whole)) == (self.group, bool(self.whole))
+
+    def retold(self, stored: Decoder, parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        import torch
+
+        assert isinstance(stored, GroupFp4)
+        codes, scales = parts[stored.codes[0]].view(torch.uint8), parts[stored.scales[0]]
+        codes = codes.reshape(len(codes), -1, self.group // 2) if self.has_blocks else codes.flatten(1)
+        scales = scales.view(torch.uint8) if self.scales[1] == "U8" else scales
+        if not self.whole:
+            return codes, scales
+        whole = parts[stored.whole].reshape(() if self.is_number else (1,))
+        return codes, scales, whole if self.is_divisor == stored.is_divisor else 1.0 / whole
+
     @abstractmethod
     def _scales(self, most: Tensor, peak: float) -> tuple[Tensor, Tensor, Tensor]:
         """Scales of groups.

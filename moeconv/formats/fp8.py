@@ -156,6 +156,16 @@ class FineGrainedFp8(_Fp8):
     def decode(self, parts: Mapping[str, Tensor], columns: int, dtype: torch.dtype | None = None) -> Tensor:
         return _decode_blocks(parts["weight"], parts[self.suffix], columns, dtype)
 
+    def takes(self, stored: Decoder) -> bool:
+        return isinstance(stored, FineGrainedFp8) and stored.ue8m0 == self.ue8m0
+
+    def retold(self, stored: Decoder, parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        import torch
+
+        assert isinstance(stored, FineGrainedFp8)
+        scales = parts[stored.suffix]
+        return parts["weight"], (scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales).float()
+
     def settings(self) -> dict[str, Any]:
         scale = {"scale_fmt": "ue8m0"} if self.ue8m0 else {}
         return {"activation_scheme": "dynamic", "fmt": "e4m3", **scale, "weight_block_size": [BLOCK, BLOCK]}
@@ -264,6 +274,15 @@ class MxFp8(Format):
             values = by_group(_floats(codes[strip]), self.group)
             decoded[strip] = values.mul_(scales[strip][..., None]).flatten(1)
         return decoded
+
+    def takes(self, stored: Decoder) -> bool:
+        return isinstance(stored, MxFp8)
+
+    def retold(self, stored: Decoder, parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        import torch
+
+        assert isinstance(stored, MxFp8)
+        return parts["weight"], parts[stored.suffix].view(torch.uint8)
 
     def settings(self) -> dict[str, Any]:
         weights = _arguments(

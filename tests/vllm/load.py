@@ -6,6 +6,9 @@ kernel, is left out, and so is the choice of kernels: this needs no machine that
 
 from __future__ import annotations
 
+import importlib
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +27,29 @@ class _Kernel:
         """It quantizes its input itself."""
 
 
-def _stub_kernels() -> None:
-    """Each of these is imported by name, so it is replaced where it is used."""
-    from vllm.model_executor.layers.quantization import fp8
-    from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors, schemes
-    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
-        compressed_tensors_moe_w8a8_fp8,
-        compressed_tensors_moe_w8a8_int8,
-        compressed_tensors_moe_wna16,
-    )
+#: What chooses a kernel, in modules of vLLM that import it by name; backends come with a class of experts.
+_MAKES_KERNEL = re.compile(r"init_\w+_linear_kernel")
+_CHOOSES_BACKEND = re.compile(r"select_\w+_moe_backend")
 
-    fp8.init_fp8_linear_kernel = _Kernel
-    schemes.compressed_tensors_w8a8_fp8.init_fp8_linear_kernel = _Kernel
-    schemes.compressed_tensors_w8a8_int8.init_int8_linear_kernel = _Kernel
-    schemes.compressed_tensors_wNa16.choose_mp_linear_kernel = lambda *_, **__: _Kernel
-    for module in (fp8, compressed_tensors_moe_w8a8_fp8):
-        module.select_fp8_moe_backend = lambda *_, **__: (None, None)
-    compressed_tensors_moe_w8a8_int8.select_int8_moe_backend = lambda *_, **__: (None, None)
-    compressed_tensors_moe_wna16.select_wna16_moe_backend = lambda *_, **__: (None, None)
+
+def _stub_kernels() -> None:
+    """Each of these is replaced where it is used."""
+    from vllm.model_executor.layers.quantization import fp8, modelopt  # noqa: F401
+    from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors, compressed_tensors_moe
+
+    for weights in ("w4a4_mxfp4", "w4a4_nvfp4", "w8a8_fp8", "w8a8_int8", "w8a8_mxfp8", "wna16"):
+        importlib.import_module(f"{compressed_tensors_moe.__name__}.compressed_tensors_moe_{weights}")
+    used = [
+        module for name, module in sys.modules.items() if name.startswith("vllm.model_executor.layers.quantization")
+    ]
+    for module in used:
+        for name in dir(module):
+            if name == "choose_mp_linear_kernel":
+                setattr(module, name, lambda *_, **__: _Kernel)
+            elif _MAKES_KERNEL.fullmatch(name):
+                setattr(module, name, lambda *_, **__: _Kernel())
+            elif _CHOOSES_BACKEND.fullmatch(name):
+                setattr(module, name, lambda *_, **__: (None, None))
     compressed_tensors.CompressedTensorsConfig._check_scheme_supported = lambda *_, **__: True
 
 

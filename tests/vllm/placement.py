@@ -22,8 +22,9 @@ NOT_LOADED = re.compile(
     r"\._?(k|v|q|prob)_(scale|zero_point)$"  # of the KV cache: constants, as the checkpoint says nothing of it
     r"|\.(w13_|w2_)?weight_shape$"  # nothing reads it: the shapes of layers and codes say the same
     r"|\.(w13|w2)_(weight_)?g_idx(_sort_indices)?$"  # the order of columns, for checkpoints that have one
+    r"|\.(w13_|w2_)?input_(global_)?scale$"  # for activations, which these checkpoints do not quantize
 )
-_PART = re.compile(r"weight(?:_(?:packed|scale_inv|scale|zero_point))?$")
+_PART = re.compile(r"weight(?:_(?:packed|scale_inv|scale|zero_point|global_scale|scale_2))?$")
 
 
 class Piece(NamedTuple):
