@@ -95,7 +95,8 @@ def _quantization_config(groups: Sequence[Group], kept: Sequence[str]) -> dict[s
             "quant_method": "modelopt",
             "quant_algo": settings["quant_algo"],
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": settings["weights"]}},
-            "ignore": list(kept),
+            # Readers take lm_head for a linear layer also where it is the embedding and no tensor has its name.
+            "ignore": sorted({*kept, *({"lm_head"} - set(groups[0].modules))}),
             "producer": {"name": "moeconv", "version": __version__},
         }
     targets = [["Linear"]] if len(groups) == 1 else _targets([group.modules for group in groups])

@@ -115,7 +115,7 @@ def _difference(found: Tensor, pieces: Sequence[Piece], tensors: Tensors, *, is_
             stored = stored.to(found.dtype)
         if stored.dtype != found.dtype:
             return f"is {found.dtype}, not {stored.dtype}"
-        if rows is not None:
+        if rows is not None and stored.ndim == 2:
             order = _order(rows, stored.shape[0])
             if order is None:
                 return f"has no {name} in the order of the matrix's rows"
