@@ -19,6 +19,7 @@ from moeconv.formats import (
     BlockFp8,
     ChannelFp8,
     ChannelInt8,
+    ColumnInt,
     Decoder,
     FineGrainedFp8,
     MxFp8,
@@ -64,7 +65,7 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
     tensors = dict(source.tensors)
     quantization = quantization_config(source.config)
     method = str(quantization.get("quant_method", "")).lower()
-    if method not in ("", "fp8", "compressed-tensors", "mxfp4", "modelopt"):
+    if method not in ("", "fp8", "compressed-tensors", "mxfp4", "modelopt", *_COLUMN_METHODS):
         problems.append(
             Problem(
                 f"{source.root} is quantized as {method!r}, which cannot be decoded yet",
@@ -92,14 +93,14 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
                 continue
             known[kind] = found
         shape, made = known[kind]
-        scale = parts.get("weight_scale")
+        scale = parts.get("weight_scale", parts.get("scales"))
         own = scale.spec.dtype if scale is not None and scale.spec.dtype in ("BF16", "F16") else None
         for suffix in parts:
             del tensors[f"{module}.{suffix}"]
         for suffix in static:
             tensors.pop(module + suffix, None)
         for suffix in foreign:
-            if f"{module}.{suffix}" in source.tensors:
+            if f"{module}.{suffix}" in source.tensors and suffix not in parts:
                 problems.append(
                     Problem(
                         f"{module}.{suffix} changes what the codes beside it mean, in a way that cannot be decoded yet",
@@ -123,7 +124,10 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
 _SUFFIXES = (
     "weight", "weight_packed", "weight_blocks", "weight_scale_inv", "weight_scale", "weight_scales", "scale",
     "weight_zero_point", "weight_shape", "weight_global_scale", "weight_scale_2",
+    "qweight", "qzeros", "scales", "g_idx",
 )  # fmt: skip
+#: Methods whose matrices have their input axis first.
+_COLUMN_METHODS = ("awq", "gptq", "auto-round", "auto_round", "intel/auto-round")
 #: What can stand beside codes and change their meaning: a factor for each column, and the order of columns.
 _FOREIGN = ("pre_quant_scale", "weight_g_idx", "g_idx")
 #: Scales for activations that were measured; nothing that decodes a matrix needs them.
@@ -134,7 +138,7 @@ def _is_bare(spec: Spec, is_quantized: bool) -> bool:
     """Codes that were not decoded with the others."""
     if len(spec.shape) < 2:
         return False
-    is_weight = spec.name.endswith((".weight", ".weight_packed", ".weight_blocks"))
+    is_weight = spec.name.endswith((".weight", ".weight_packed", ".weight_blocks", ".qweight"))
     return spec.dtype.startswith("F8") or (is_quantized and is_weight and spec.dtype in (*_CODES, "I32"))
 
 
@@ -142,8 +146,10 @@ def _modules(tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
     for name in tensors:
         if name.endswith(("scale", "scale_inv", "scales")):
             module, _, suffix = name.rpartition(".")
-            if suffix in ("weight_scale_inv", "weight_scale", "weight_scales") or (
-                suffix == "scale" and (codes := tensors.get(f"{module}.weight")) and codes.spec.dtype in _CODES
+            if (
+                suffix in ("weight_scale_inv", "weight_scale", "weight_scales")
+                or (suffix == "scale" and (codes := tensors.get(f"{module}.weight")) and codes.spec.dtype in _CODES)
+                or (suffix == "scales" and f"{module}.qweight" in tensors)
             ):
                 yield module
 
@@ -156,6 +162,8 @@ def _format_of(
     size = quantization.get("weight_block_size")
     if "weight_scale_inv" in specs and size not in (None, [_BLOCK, _BLOCK]):
         return f"its blocks are {size}; only [128, 128] are known"
+    if "qweight" in specs:
+        return _column_format(specs, quantization)
     if any(scheme.get("actorder") in ("group", "dynamic") for scheme in schemes[:1]) and "weight_packed" in specs:
         return "its columns are in order of activation, which cannot be read"
     for shape, made in _candidates(specs, schemes):
@@ -196,6 +204,42 @@ def _candidates(specs: Mapping[str, Spec], schemes: Sequence[Mapping[str, Any]])
     for dialect in FP4_DIALECTS:
         if dialect.codes == (_suffix(codes, specs), codes.dtype):
             yield (codes.shape[0], 2 * prod(codes.shape[1:])), dialect
+
+
+def _column_format(specs: Mapping[str, Spec], quantization: Mapping[str, Any]) -> tuple[Shape, Decoder] | str:
+    """GPTQ, AWQ, and what AutoRound stores like one of them. Shapes tell bits and groups, the settings all else."""
+    codes, zeros, scales, order = (specs.get(key) for key in ("qweight", "qzeros", "scales", "g_idx"))
+    shown = ", ".join(f"{suffix} {spec.dtype} {list(spec.shape)}" for suffix, spec in specs.items())
+    if zeros is None or scales is None or codes is None or any(len(s.shape) != 2 for s in (codes, zeros, scales)):
+        return f"its tensors are of no known form: {shown}"
+    method = str(quantization.get("quant_method", "")).lower()
+    if method not in _COLUMN_METHODS:
+        return "config.json does not say what its qweight means: write there what quantize_config.json says"
+    packing = str(quantization.get("packing_format", "")).lower()
+    is_awq = method == "awq" or "awq" in packing
+    groups, rows = scales.shape
+    bits = 32 * zeros.shape[1] // max(1, rows)
+    columns = codes.shape[0] if is_awq else codes.shape[0] * 32 // max(1, bits)
+    size = quantization.get("group_size")
+    group = size if isinstance(size, int) and size > 0 and -(-columns // size) == groups else columns // max(1, groups)
+    version = str(quantization.get("version", "gemm")).lower()
+    if bits not in (4, 8) or group < 1 or (is_awq and (version != "gemm" or bits != 4)):
+        return f"{method} with {bits} bits{f' and version {version}' * is_awq} is not known: {shown}"
+    # AutoRound stores zero points as they are, but where it names AutoGPTQ; AutoGPTQ's first format less one.
+    is_first = "gptq" in packing and "gptqmodel" not in packing
+    if method == "gptq":
+        is_first = str(quantization.get("checkpoint_format", "gptq")).lower() != "gptq_v2"
+    made = ColumnInt(
+        "awq" if is_awq else "gptq", bits, group, bool(quantization.get("sym")) and not is_awq,
+        int(is_first and not is_awq), scales.dtype, order is not None, bool(quantization.get("desc_act")),
+    )  # fmt: skip
+    shape = (rows, columns)
+    wanted = {part.suffix: part for part in made.parts(shape, "")}
+    if scales.dtype not in FLOATS or not all(
+        _is_part(spec, wanted[key]) for key, spec in specs.items() if key in wanted
+    ):
+        return f"its tensors are of no known form: {shown}"
+    return shape, made
 
 
 def _suffix(spec: Spec, specs: Mapping[str, Spec]) -> str:

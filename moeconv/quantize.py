@@ -18,7 +18,7 @@ from moeconv.config_json import Group, groups_of, rewritten
 from moeconv.encoded import STATIC_SCALES, decoded_view
 from moeconv.engines import KEPT, MIXED, format_readings, readings
 from moeconv.errors import PlanError, Problem
-from moeconv.formats import FLOATS, Decoder, Format
+from moeconv.formats import FLOATS
 from moeconv.layouts import find_units
 from moeconv.moves import Change, Fill, change, copy_of
 from moeconv.names import Pattern, collapse, natural_key
@@ -295,7 +295,7 @@ class _Planner:
             why = decision.why if stored is None else f"decoded from {stored.format.name}"
             return Value(fill, None, ((spec, None),), why, self._dtype(fill))
         why = decision.why
-        if stored is not None and made.takes(stored.format):
+        if stored is not None and made.takes(stored.format, self._dtype(fill)):
             why = f"{stored.format.name} with the same codes"
         head = _module(spec)
         parts_ = parts_of(made, spec.shape, self._dtype(fill))
@@ -348,7 +348,7 @@ class _Planner:
         shared = {}
         for module, value in named.items():
             partners = [named[p] for p in self.decider.partners(module) if p in named] or [value]
-            copied = [v.fill.target.name for v in partners if v.source and _has_codes(v.source.format, v.format)]
+            copied = [v.fill.target.name for v in partners if _has_codes(v)]
             shared[value.fill.target.name] = () if len(copied) == len(partners) else tuple(partners)
             if copied and len(copied) < len(partners) and value is partners[0]:
                 self.problems.append(
@@ -419,9 +419,12 @@ def _kind(value: Value) -> tuple[object, ...]:
     return id(value.format), source, value.fill.target.dtype, value.fill.target.shape, routes
 
 
-def _has_codes(stored: Decoder, made: Format | None) -> bool:
-    """What is stored is in that format already, or has its codes."""
-    return is_same(stored, made) or (made is not None and made.takes(stored))
+def _has_codes(value: Value) -> bool:
+    """The source has its format already, or has its codes."""
+    stored, made = value.source, value.format
+    if stored is None or made is None:
+        return False
+    return is_same(stored.format, made) or made.takes(stored.format, value.dtype)
 
 
 def _is_layer(spec: Spec) -> bool:

@@ -17,10 +17,10 @@ MODULES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in P
 ORDER = [
     "__init__", "errors", "files", "device", "tensors", "dims", "names", "ops", "yamldoc", "recipe", "recipe_file",
     "header", "formats.format", "formats.strips", "formats.mx", "formats.rows", "formats.fp8", "formats.fp4",
-    "formats.integers", "formats", "checkpoint", "encoded", "config_json", "forms", "units", "suspects", "layouts",
-    "moves", "unpacked", "steps", "engines", "scheme", "shards", "plan", "budget", "transcodes", "quantize", "explain",
-    "manifest", "selection", "transcoder", "worker", "pool", "writer", "executor", "verify", "inspect", "discover",
-    "drafts", "propose", "progress", "options", "process", "cli", "__main__",
+    "formats.columns", "formats.integers", "formats", "checkpoint", "encoded", "config_json", "forms", "units",
+    "suspects", "layouts", "moves", "unpacked", "steps", "engines", "scheme", "shards", "plan", "budget", "transcodes",
+    "quantize", "explain", "manifest", "selection", "transcoder", "worker", "pool", "writer", "executor", "verify",
+    "inspect", "discover", "drafts", "propose", "progress", "options", "process", "cli", "__main__",
 ]  # fmt: skip
 
 

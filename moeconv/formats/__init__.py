@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from moeconv.formats.columns import ColumnInt
 from moeconv.formats.format import FLOATS, Decoder, Format, FormatError, StoredPart
 from moeconv.formats.fp4 import FP4_DIALECTS, ModelOptNvFp4, MxFp4, NvFp4
 from moeconv.formats.fp8 import BlockFp8, ChannelFp8, FineGrainedFp8, MxFp8, TensorFp8
@@ -13,9 +14,9 @@ from moeconv.formats.mx import EXPONENT_NAN
 from moeconv.formats.strips import amax
 
 __all__ = [
-    "EXPONENT_NAN", "FLOATS", "FORMATS", "FP4_DIALECTS", "BlockFp8", "ChannelFp8", "ChannelInt8", "Decoder",
-    "FineGrainedFp8", "Format", "FormatError", "MxFp8", "PackedInt", "StoredPart", "TensorFp8", "amax", "format_name",
-    "make_format",
+    "EXPONENT_NAN", "FLOATS", "FORMATS", "FP4_DIALECTS", "BlockFp8", "ChannelFp8", "ChannelInt8", "ColumnInt",
+    "Decoder", "FineGrainedFp8", "Format", "FormatError", "MxFp8", "PackedInt", "StoredPart", "TensorFp8", "amax",
+    "format_name", "make_format",
 ]  # fmt: skip
 
 #: Formats that can be written, by name, and the options that each takes with the type of their values.

@@ -108,8 +108,13 @@ class Format(Decoder):
             is then NaN or Inf, or 255 among bytes.
         """
 
-    def takes(self, stored: Decoder) -> bool:
-        """Whether a matrix in that format can be written in this one with the values that it has, bit for bit."""
+    def takes(self, stored: Decoder, dtype: str) -> bool:
+        """Whether a matrix in that format can be written in this one with the values that it has, bit for bit.
+
+        Args:
+            stored: the format.
+            dtype: in which the matrix would be encoded.
+        """
         return False
 
     def retold(self, stored: Decoder, parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

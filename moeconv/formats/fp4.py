@@ -101,7 +101,7 @@ class _WrittenFp4(GroupFp4, Format):
             return f"{shape[1]} columns are not made of whole groups of {self.group}"
         return refused
 
-    def takes(self, stored: Decoder) -> bool:
+    def takes(self, stored: Decoder, dtype: str) -> bool:
         return isinstance(stored, GroupFp4) and (stored.group, bool(stored.whole)) == (self.group, bool(self.whole))
 
     def retold(self, stored: Decoder, parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

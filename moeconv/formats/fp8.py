@@ -156,7 +156,7 @@ class FineGrainedFp8(_Fp8):
     def decode(self, parts: Mapping[str, Tensor], columns: int, dtype: torch.dtype | None = None) -> Tensor:
         return _decode_blocks(parts["weight"], parts[self.suffix], columns, dtype)
 
-    def takes(self, stored: Decoder) -> bool:
+    def takes(self, stored: Decoder, dtype: str) -> bool:
         return isinstance(stored, FineGrainedFp8) and stored.ue8m0 == self.ue8m0
 
     def retold(self, stored: Decoder, parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -275,7 +275,7 @@ class MxFp8(Format):
             decoded[strip] = values.mul_(scales[strip][..., None]).flatten(1)
         return decoded
 
-    def takes(self, stored: Decoder) -> bool:
+    def takes(self, stored: Decoder, dtype: str) -> bool:
         return isinstance(stored, MxFp8)
 
     def retold(self, stored: Decoder, parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from struct import pack
 from typing import TYPE_CHECKING, Any
 
-from moeconv.formats.format import Format, StoredPart
+from moeconv.formats.columns import ColumnInt
+from moeconv.formats.format import Decoder, Format, StoredPart
 from moeconv.formats.rows import RowFormat
 from moeconv.formats.strips import amax, by_group, float_strips, scale_of, strips
 from moeconv.tensors import Shape
@@ -178,6 +179,24 @@ class PackedInt(Format):
             values *= scales[strip][..., None]
             decoded[strip] = values.flatten(1)
         return decoded
+
+    def takes(self, stored: Decoder, dtype: str) -> bool:
+        """From GPTQ and AWQ: codes and zero points count from another number, and lie in another order."""
+        return (
+            isinstance(stored, ColumnInt)
+            and (stored.bits, stored.group, stored.scale_dtype) == (self.bits, self.group_size, dtype)
+            and not stored.is_ordered
+            and (stored.is_symmetric or not self.symmetric)
+        )
+
+    def retold(self, stored: Decoder, parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        import torch
+
+        assert isinstance(stored, ColumnInt)
+        codes, zeros, _ = stored.integers(parts)
+        signed, shifted = (item.sub(1 << self.bits - 1).view(torch.int8) for item in (codes, zeros))
+        made = _packed(signed.T.contiguous(), self.bits), parts["scales"].T.contiguous()
+        return made if self.symmetric else (*made, _transposed(_packed(shifted, self.bits)))
 
     def settings(self) -> dict[str, Any]:
         zero = {} if self.symmetric else {"zp_dtype": "torch.int8"}
