@@ -123,7 +123,12 @@ GroupOption = Annotated[
     int | None, typer.Option("--group-size", help="Columns of a group, for w4a16, w8a16 and w4a16_asym. Default: 128.")
 ]
 ScaleOption = Annotated[
-    str | None, typer.Option("--scale", help="amax, or mse to search for the scale of least error.", metavar="amax|mse")
+    str | None,
+    typer.Option(
+        "--scale",
+        help="How scales are chosen: amax, or a search for less error: mse, four_over_six (NVFP4), full_range (w4a16).",
+        metavar="NAME",
+    ),
 ]
 Ue8m0Option = Annotated[bool, typer.Option("--ue8m0", help="Scales of fp8 are powers of two.")]
 DtypeOption = Annotated[

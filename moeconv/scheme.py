@@ -92,12 +92,14 @@ def parse_format(name: str, options: Mapping[str, Any], where: str) -> Format:
     if known not in FORMATS:
         raise UsageError(f"{where} {name!r} is no format", nearest(known, FORMATS))
     takes = FORMATS[known][1]
+    options = {option: format_name(value) if option == "search" else value for option, value in options.items()}
     for option, value in options.items():
         if option not in takes:
             remedy = f"It takes {', '.join(takes)}." if takes else "It takes no options."
             raise UsageError(f"{where} {name} takes no {option}", remedy)
-        if option == "search" and value not in ("amax", "mse"):
-            raise UsageError(f"{where} {name}: {value!r} is no way to choose scales", "Known: amax, mse.")
+        words = takes[option]
+        if isinstance(words, tuple) and value not in words:
+            raise UsageError(f"{where} {name}: {value!r} is no way to choose scales", f"Known: {', '.join(words)}.")
         if option == "group_size" and (not isinstance(value, int) or value < 8 or value % 8):
             raise UsageError(f"{where} {name}: a group of {value} columns cannot be packed", "Take 32, 64 or 128.")
     return make_format(known, dict(options))

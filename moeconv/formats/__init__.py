@@ -19,19 +19,20 @@ __all__ = [
     "format_name", "make_format",
 ]  # fmt: skip
 
-#: Formats that can be written, by name, and the options that each takes with the type of their values.
-FORMATS: dict[str, tuple[Callable[..., Format], dict[str, type]]] = {
+#: Formats that can be written, by name, and the options that each takes with the type of their values, or the
+#: words.
+FORMATS: dict[str, tuple[Callable[..., Format], dict[str, type | tuple[str, ...]]]] = {
     "fp8": (FineGrainedFp8, {"ue8m0": bool}),
     "fp8_dynamic": (ChannelFp8, {}),
     "fp8_block": (BlockFp8, {}),
     "mxfp8a16": (MxFp8, {}),
     "w8a8": (ChannelInt8, {}),
-    "w4a16": (lambda **own: PackedInt(4, **own), {"group_size": int, "search": str}),
-    "w8a16": (lambda **own: PackedInt(8, **own), {"group_size": int, "search": str}),
-    "nvfp4a16": (NvFp4, {}),
-    "modelopt_nvfp4": (ModelOptNvFp4, {}),
-    "mxfp4a16": (MxFp4, {}),
-    "w4a16_asym": (lambda **own: PackedInt(4, False, **own), {"group_size": int, "search": str}),
+    "w4a16": (lambda **own: PackedInt(4, **own), {"group_size": int, "search": ("amax", "mse", "full_range")}),
+    "w8a16": (lambda **own: PackedInt(8, **own), {"group_size": int, "search": ("amax", "mse", "full_range")}),
+    "nvfp4a16": (NvFp4, {"search": ("amax", "four_over_six", "mse")}),
+    "modelopt_nvfp4": (ModelOptNvFp4, {"search": ("amax", "four_over_six", "mse")}),
+    "mxfp4a16": (MxFp4, {"search": ("amax", "mse")}),
+    "w4a16_asym": (lambda **own: PackedInt(4, False, **own), {"group_size": int, "search": ("amax", "mse")}),
 }
 
 

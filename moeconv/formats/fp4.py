@@ -17,12 +17,12 @@ formats (OCP Microscaling specification 1.0) a group has 32 columns and the scal
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeconv.formats.format import Decoder, Format, StoredPart
-from moeconv.formats.fp8 import E4M3_MAX
-from moeconv.formats.mx import exponents, power_of_two
+from moeconv.formats.fp8 import E4M3_MAX, E4M3_NAN
+from moeconv.formats.mx import EXPONENT_NAN, exponents, power_of_two
 from moeconv.formats.strips import amax, by_group, float_strips, strips
 from moeconv.tensors import Shape
 
@@ -91,9 +91,17 @@ class GroupFp4(Decoder):
 
 
 class _WrittenFp4(GroupFp4, Format):
-    """A dialect that can be written."""
+    """A dialect that can be written.
 
-    live_nbytes = 20
+    Attributes:
+        search: how scales are chosen; `amax` for the one that brings the largest magnitude to its place.
+    """
+
+    search: str
+
+    def _choose_by(self, search: str) -> None:
+        self.search = search
+        self.live_nbytes = 20 if search == "amax" else 28
 
     def refusal(self, shape: Shape, dtype: str) -> str | None:
         refused = super().refusal(shape, dtype)
@@ -138,6 +146,8 @@ class _WrittenFp4(GroupFp4, Format):
         for strip in strips(tile):
             most[strip] = amax(by_group(tile[strip], self.group), 2)
         scales, divisors, whole = self._scales(most, peak)
+        if self.search != "amax":
+            scales, divisors = self._best(tile, [(scales, divisors), *self._others(most, peak, scales)])
         rounder = _Rounder()
         for strip, values in float_strips(tile):
             by_group(values, self.group).div_(divisors[strip][..., None])
@@ -145,18 +155,52 @@ class _WrittenFp4(GroupFp4, Format):
         made = codes.view(rows, groups, -1) if self.has_blocks else codes, scales
         return (*made, whole) if self.whole else made
 
+    def _others(self, most: Tensor, peak: float, scales: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Other scales of groups, as stored and as divisors, that the search tries."""
+        raise NotImplementedError(self.search)
+
+    def _best(self, tile: Tensor, candidates: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """For each group the scale, and its divisor, of least squared error; of several the first."""
+        import torch
+
+        stored, divisors = (item.clone() for item in candidates[0])
+        codes = stored.view(torch.uint8)
+        for strip, values in float_strips(tile):
+            groups = by_group(values, self.group)
+            least = torch.full(divisors[strip].shape, torch.inf, device=tile.device)
+            for scales, others in candidates:
+                quotients = groups / others[strip][..., None]
+                error = (_rounded(quotients).sub_(quotients)).square_().sum(-1) * others[strip].square()
+                is_better = error < least
+                least = torch.where(is_better, error, least)
+                codes[strip] = torch.where(is_better, scales.view(torch.uint8)[strip], codes[strip])
+                divisors[strip] = torch.where(is_better, others[strip], divisors[strip])
+        return stored, divisors
+
 
 class MxFp4(_WrittenFp4):
     """compressed-tensors `mxfp4-pack-quantized` (MXFP4A16).
 
     The scale is the power of two that brings the largest magnitude of a group into [3.5, 7): formula of
     compressed-tensors, `quantization/utils/mxfp_utils.py`. What is above 6 becomes 6.
+
+    Args:
+        search: `amax`, or `mse` for the power of two of least squared error, of this one and its neighbours.
     """
 
     quant_method = "compressed-tensors"
 
-    def __init__(self) -> None:
+    def __init__(self, search: str = "amax") -> None:
         super().__init__("mxfp4a16", 32, ("weight_packed", "U8"), ("weight_scale", "U8"))
+        self._choose_by(search)
+
+    def _others(self, most: Tensor, peak: float, scales: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        import torch
+
+        for step in (-1, 1):
+            moved = scales.int().add_(step).clamp_(0, EXPONENT_NAN - 1).to(torch.uint8)
+            moved = torch.where(scales == EXPONENT_NAN, scales, moved)
+            yield moved, power_of_two(moved)
 
     def _scales(self, most: Tensor, peak: float) -> tuple[Tensor, Tensor, Tensor]:
         scales = exponents(most, offset=2)
@@ -170,7 +214,35 @@ class MxFp4(_WrittenFp4):
         return {"format": "mxfp4-pack-quantized", "weights": weights, "input_activations": None}
 
 
-class NvFp4(_WrittenFp4):
+class _NvFp4(_WrittenFp4):
+    """What both dialects of NVFP4 share.
+
+    The search tries, besides the scale that brings the largest magnitude of a group to 6: `four_over_six`, the one that
+    brings it to 4, where steps are finer; `mse`, the E4M3 numbers around it, three below and seven above, which is 0.8
+    to 1.8 times as large.
+    """
+
+    shares_scale = True
+
+    @abstractmethod
+    def _divisors(self, scales: Tensor, peak: float, dtype: torch.dtype) -> Tensor:
+        """What values are divided by, for E4M3 scales."""
+
+    def _others(self, most: Tensor, peak: float, scales: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        import torch
+
+        if self.search == "four_over_six":
+            moved, divisors, _ = self._scales(most * 1.5, peak)
+            yield moved, divisors
+            return
+        codes = scales.view(torch.uint8).int()
+        for step in (-3, -2, -1, 1, 2, 3, 4, 5, 6, 7):
+            moved = torch.where(codes == E4M3_NAN, codes, (codes + step).clamp_(1, E4M3_NAN - 1))
+            moved = moved.to(torch.uint8).view(torch.float8_e4m3fn)
+            yield moved, self._divisors(moved, peak, most.dtype)
+
+
+class NvFp4(_NvFp4):
     """compressed-tensors `nvfp4-pack-quantized` (NVFP4A16).
 
     With the largest magnitude A of the matrix and of those that engines fuse with it, and a of a group:
@@ -179,21 +251,29 @@ class NvFp4(_WrittenFp4):
     """
 
     quant_method = "compressed-tensors"
-    shares_scale = True
 
-    def __init__(self) -> None:
+    def __init__(self, search: str = "amax") -> None:
         super().__init__(
             "nvfp4a16", 16, ("weight_packed", "U8"), ("weight_scale", "F8_E4M3"), "weight_global_scale", True
         )
+        self._choose_by(search)
+
+    def _factor(self, peak: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+        import torch
+
+        largest = torch.tensor(peak, dtype=dtype, device=device)
+        factor = (E4M3_MAX * FP4_MAX / largest.clamp(min=torch.finfo(dtype).tiny)).float()
+        # Half precision has no room for the factor of small numbers: compressed-tensors takes 1 and loses them.
+        factor = torch.where(factor.isinf(), E4M3_MAX * FP4_MAX / largest.float(), factor)
+        return factor.nan_to_num_(nan=1.0, posinf=1.0)[None]
+
+    def _divisors(self, scales: Tensor, peak: float, dtype: torch.dtype) -> Tensor:
+        return scales.float() / self._factor(peak, dtype, scales.device)
 
     def _scales(self, most: Tensor, peak: float) -> tuple[Tensor, Tensor, Tensor]:
         import torch
 
-        largest = torch.tensor(peak, dtype=most.dtype, device=most.device)
-        factor = (E4M3_MAX * FP4_MAX / largest.clamp(min=torch.finfo(most.dtype).tiny)).float()
-        # Half precision has no room for the factor of small numbers: compressed-tensors takes 1 and loses them.
-        factor = torch.where(factor.isinf(), E4M3_MAX * FP4_MAX / largest.float(), factor)
-        factor = factor.nan_to_num_(nan=1.0, posinf=1.0)[None]
+        factor = self._factor(peak, most.dtype, most.device)
         floats = ((most / FP4_MAX).float() * factor).clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
         floats = torch.where(floats == 0, 0.125, floats).where(most.isfinite(), torch.nan)
         return floats.to(torch.float8_e4m3fn), floats.div_(factor), factor
@@ -206,7 +286,7 @@ class NvFp4(_WrittenFp4):
         return {"format": "nvfp4-pack-quantized", "weights": weights, "input_activations": None}
 
 
-class ModelOptNvFp4(_WrittenFp4):
+class ModelOptNvFp4(_NvFp4):
     """NVFP4 as ModelOpt writes it without scales for activations (W4A16_NVFP4).
 
     With A and a as in `NvFp4`: G = A / (448 * 6), s = E4M3(a / (6 * G)) between 2^-9 and 448, 1 for a group of zeros,
@@ -214,22 +294,30 @@ class ModelOptNvFp4(_WrittenFp4):
     """
 
     quant_method = "modelopt"
-    shares_scale = True
 
-    def __init__(self, is_number: bool = True) -> None:
+    def __init__(self, search: str = "amax", is_number: bool = True) -> None:
         super().__init__(
             "modelopt_nvfp4", 16, ("weight", "U8"), ("weight_scale", "F8_E4M3"), "weight_scale_2", is_number=is_number
         )
+        self._choose_by(search)
+
+    def _factor(self, peak: float, device: torch.device) -> Tensor:
+        import torch
+
+        factor = torch.tensor(peak, dtype=torch.float32, device=device) / (FP4_MAX * E4M3_MAX)
+        return torch.where(factor == 0, 1.0, factor)  # of zeros, where ModelOpt divides by it
+
+    def _divisors(self, scales: Tensor, peak: float, dtype: torch.dtype) -> Tensor:
+        return scales.float().mul_(self._factor(peak, scales.device))
 
     def _scales(self, most: Tensor, peak: float) -> tuple[Tensor, Tensor, Tensor]:
         import torch
 
-        factor = torch.tensor(peak, dtype=torch.float32, device=most.device) / (FP4_MAX * E4M3_MAX)
-        factor = torch.where(factor == 0, 1.0, factor)  # of zeros, where ModelOpt divides by it
+        factor = self._factor(peak, most.device)
         floats = most.float() / (FP4_MAX * factor)
         floats = torch.where(floats == 0, 1.0, floats.clamp_(2**-9, E4M3_MAX)).where(most.isfinite(), torch.nan)
         scales = floats.to(torch.float8_e4m3fn)
-        return scales, scales.float().mul_(factor), factor
+        return scales, self._divisors(scales, peak, most.dtype), factor
 
     def settings(self) -> dict[str, Any]:
         weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": self.group}
@@ -262,6 +350,18 @@ def _floats(codes: Tensor) -> Tensor:
     both = torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)
     halves = (both & 7) << 9 | (both & 8) << 12
     return halves.view(torch.float16).float().mul_(float(1 << 14))
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """Nearest numbers of E2M1, of a tie the even one.
+
+    Steps are half of the power of two below a number, at least 0.5; a sum with 1.5 * 2^23 steps keeps whole ones.
+    """
+    import torch
+
+    power = values.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+    large = power.clamp_(1.0, 4.0).mul_(1.5 * 2**22)
+    return values.add(large).sub_(large).clamp_(-FP4_MAX, FP4_MAX)
 
 
 class _Rounder:

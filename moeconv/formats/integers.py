@@ -6,7 +6,7 @@ computed and stored in the source's dtype; codes come from a division by the sto
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from struct import pack
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,9 @@ class PackedInt(Format):
         bits: 4 or 8.
         symmetric: False for one zero point a group.
         group_size: columns of a group.
-        search: `amax`, or `mse` for the scale of least squared error among 20 narrower and wider ranges.
+        search: `amax`, or `mse` for the scale of least squared error among 20 narrower and wider ranges. Symmetric
+            codes have `full_range` too: these and 20 more that bring the value of largest magnitude to the lowest code,
+            which has no positive counterpart, so that scales are negative where that value is positive.
     """
 
     quant_method = "compressed-tensors"
@@ -109,7 +111,7 @@ class PackedInt(Format):
         for strip, floats in float_strips(tile):
             groups, values = by_group(tile[strip], self.group_size), by_group(floats, self.group_size)
             scale, zero = self._parameters(*self._range(groups, values))
-            if self.search == "mse":
+            if self.search != "amax":
                 scale, zero = self._best(values, *self._range(groups, values))
             codes[strip] = self._codes(values, scale, zero).flatten(1)
             scales[strip] = scale
@@ -150,14 +152,24 @@ class PackedInt(Format):
 
         scale, zero = self._parameters(least, most)
         error = torch.full_like(scale, torch.inf, dtype=torch.float32)
-        for shrink in _SHRINKS:
-            other, shifted = self._parameters(least * shrink, most * shrink)
+        for other, shifted in self._tried(values, least, most):
             squared = self._squared_error(values, other, shifted)
             better = squared < error
             scale, error = torch.where(better, other, scale), torch.where(better, squared, error)
             if shifted is not None and zero is not None:
                 zero = torch.where(better, shifted, zero)
         return scale, zero
+
+    def _tried(self, values: Tensor, least: Tensor, most: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        import torch
+
+        for shrink in _SHRINKS:
+            yield self._parameters(least * shrink, most * shrink)
+        if self.search == "full_range":
+            edge = torch.where(values.amax(2) >= most.float(), -most, most) / -_bounds(self.bits)[0]
+            for shrink in _SHRINKS:
+                scale = edge * shrink
+                yield torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale), None
 
     def _squared_error(self, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         decoded = self._codes(values.clone(), scale, zero)
