@@ -113,6 +113,17 @@ FormatOption = Annotated[
         metavar="NAME",
     ),
 ]
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--target-size",
+        help="Choose among --formats for each part of the model, so that DST fits and the summed error is least.",
+        metavar="SIZE",
+    ),
+]
+FormatsOption = Annotated[
+    str | None, typer.Option("--formats", help="Formats to choose from, with --target-size.", metavar="NAME,NAME")
+]
 IgnoreOption = Annotated[
     list[str] | None, typer.Option("--ignore", help="Keep modules of that name, * for any text. Repeatable.")
 ]

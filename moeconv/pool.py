@@ -192,7 +192,7 @@ class Pool:
             self._channels.append(_Channel(replies_read, tasks_write))
 
     def runners(self, count: int, places: Places, wrote: Wrote) -> Sequence[Runner]:
-        """As many runners, or one for each process where there are fewer. To be asked for once."""
+        """As many runners, or one for each process where there are fewer, for one run after another."""
         return [ProcessRunner(channel, places, wrote) for channel in self._channels[:count]]
 
     def __enter__(self) -> Self:
@@ -269,11 +269,16 @@ def _serve(channel: _Channel, failure: _Failure | None) -> None:
             unreported = 0
 
     try:
-        runner = ThreadRunner(Files(), channel.receive(), CpuDevice(), wrote)
+        runner: ThreadRunner | None = None
         while True:
             task = channel.receive()
+            if isinstance(task, Places):  # of a run that begins
+                if runner is not None:
+                    runner.close()
+                runner = ThreadRunner(Files(), task, CpuDevice(), wrote)
+                continue
             reply = failure
-            if reply is None:
+            if reply is None and runner is not None:
                 try:
                     runner.run(task)
                 except Exception as error:

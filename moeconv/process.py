@@ -33,7 +33,7 @@ def run_process(command: Callable[[], None]) -> NoReturn:
     os._exit(code)  # everything is closed and flushed: taking the interpreter apart would only cost time
 
 
-def start_pool(jobs: int | None, device: str, dry_run: bool) -> AbstractContextManager[Pool | None]:
+def start_pool(jobs: int | None, device: str, dry_run: bool = False) -> AbstractContextManager[Pool | None]:
     """Processes that encode, where that is done on the CPU; they import torch while the plan is made.
 
     None in a process that does more than run the command line, and so may have threads already.

@@ -18,7 +18,7 @@ from moeconv.config_json import Group, groups_of, rewritten
 from moeconv.encoded import STATIC_SCALES, decoded_view
 from moeconv.engines import KEPT, MIXED, format_readings, readings
 from moeconv.errors import PlanError, Problem
-from moeconv.formats import FLOATS
+from moeconv.formats import FLOATS, Probe
 from moeconv.layouts import find_units
 from moeconv.moves import Change, Fill, change, copy_of
 from moeconv.names import Pattern, collapse, natural_key
@@ -38,7 +38,7 @@ from moeconv.scheme import Decider, Decision, Scheme
 from moeconv.shards import place_specs
 from moeconv.steps import Step, Task, tasks_of
 from moeconv.tensors import Spec
-from moeconv.transcodes import is_same, parts_of, value_steps
+from moeconv.transcodes import has_codes, is_same, parts_of, value_steps
 from moeconv.units import Unit
 from moeconv.unpacked import unpacked_view
 
@@ -59,6 +59,28 @@ def plan_quantize(source: Checkpoint, recipe: Recipe, scheme: Scheme, options: O
         PlanError: with everything that stands in the way.
     """
     return _Planner(source, recipe, scheme, options or Options()).plan()
+
+
+def plan_measurement(
+    source: Checkpoint, recipe: Recipe, scheme: Scheme, options: Options | None = None
+) -> tuple[Plan, tuple[Value, ...], dict[str, str]]:
+    """Plan to measure what formats would cost: only results are written, nothing is carried over.
+
+    Args:
+        source: the checkpoint.
+        recipe: how its experts are stored.
+        scheme: whose default format is a `Probe`.
+        options: see `Options`.
+
+    Returns:
+        The plan; every target of a quantization, measured or kept; and the block of each expert's matrix, by name.
+
+    Raises:
+        PlanError: with everything that stands in the way.
+    """
+    planner = _Planner(source, recipe, scheme, options or Options())
+    plan = planner.plan()
+    return plan, planner.every, planner.blocks
 
 
 def plan_dequantize(
@@ -87,6 +109,8 @@ class _Planner:
         self.options = options
         self.problems: list[Problem] = []
         self.refused: dict[str, list[str]] = {}
+        self.every: tuple[Value, ...] = ()
+        self.blocks: dict[str, str] = {}
         self.quantizes = scheme.default is not None or any(rule.format for rule in scheme.rules)
         view = unpacked_view(source, recipe, self.problems, self.options.layout)
         self.source = _without_stale_files(decoded_view(view, self.problems, scheme.dtype))
@@ -113,7 +137,8 @@ class _Planner:
         stacks = [(unit, [tensor.spec.name for tensor in unit.tensors()]) for unit in kept]
         stacks += [(made.unit, [spec.name for spec in made.targets]) for made in changes]
         stacks = [(unit, names) for unit, names in stacks if set(unit.component.parts) & set(self.recipe.part_ids)]
-        experts = {name for _, names in stacks for name in names}
+        self.blocks = {name: unit.block for unit, names in stacks for name in names}
+        experts = set(self.blocks)
         fills += [copy_of(tensor) for tensor in found.rest]
         values = self._values(fills, experts, [(unit.block, names) for unit, names in stacks])
         groups = groups_of((_module(value.fill.target), value.format) for value in values if value.format)
@@ -121,6 +146,9 @@ class _Planner:
         self._check(values, groups, experts, bool(found.units))
         if self.problems:
             raise PlanError.of(self.problems)
+        if isinstance(self.scheme.default, Probe):
+            self.every, values = tuple(values), [value for value in values if value.format is not None]
+            self.source = self.source._replace(sidecars=())
         files, places, index = place_specs(
             [tuple([spec for spec, _ in value.parts]) for value in values], self.source, self.options.max_shard_nbytes
         )
@@ -134,7 +162,7 @@ class _Planner:
         kinds = {_kind(value): value for value in values}
         examples = [step for value in kinds.values() for step in self._steps(value, places, shared)]
         jobs = jobs_of(files, make_tasks, self.options)
-        config = self._config(values, groups)
+        config = {} if isinstance(self.scheme.default, Probe) else self._config(values, groups)
         layout = "experts" if changes or not self.quantizes else self._layout(kept)
         formats = sorted({group.format.name for group in groups})
         of_experts = [v for v in values if v.fill.target.name in experts and _is_matrix(v.fill.target)]
@@ -348,7 +376,7 @@ class _Planner:
         shared = {}
         for module, value in named.items():
             partners = [named[p] for p in self.decider.partners(module) if p in named] or [value]
-            copied = [v.fill.target.name for v in partners if _has_codes(v)]
+            copied = [v.fill.target.name for v in partners if v.format and has_codes(v, v.format)]
             shared[value.fill.target.name] = () if len(copied) == len(partners) else tuple(partners)
             if copied and len(copied) < len(partners) and value is partners[0]:
                 self.problems.append(
@@ -417,14 +445,6 @@ def _kind(value: Value) -> tuple[object, ...]:
     routes = tuple([id(move.route) for move in value.fill.moves])
     source = value.source and id(value.source.format)
     return id(value.format), source, value.fill.target.dtype, value.fill.target.shape, routes
-
-
-def _has_codes(value: Value) -> bool:
-    """The source has its format already, or has its codes."""
-    stored, made = value.source, value.format
-    if stored is None or made is None:
-        return False
-    return is_same(stored.format, made) or made.takes(stored.format, value.dtype)
 
 
 def _is_layer(spec: Spec) -> bool:

@@ -63,6 +63,12 @@ def is_same(one: Decoder | None, other: Decoder | None) -> bool:
     return one.settings() == other.settings() and _names(one) == _names(other)
 
 
+def has_codes(value: Value, made: Format) -> bool:
+    """The source has that format already, or the codes that it would have."""
+    stored = value.source
+    return stored is not None and (is_same(stored.format, made) or made.takes(stored.format, value.dtype))
+
+
 @cache
 def _names(made: Decoder) -> tuple[str, ...]:
     return tuple(part.suffix for part in made.parts((1 << 10, 1 << 10), "BF16"))

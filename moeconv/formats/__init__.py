@@ -11,12 +11,13 @@ from moeconv.formats.fp4 import FP4_DIALECTS, ModelOptNvFp4, MxFp4, NvFp4
 from moeconv.formats.fp8 import BlockFp8, ChannelFp8, FineGrainedFp8, MxFp8, TensorFp8
 from moeconv.formats.integers import ChannelInt8, PackedInt
 from moeconv.formats.mx import EXPONENT_NAN
+from moeconv.formats.probe import Probe
 from moeconv.formats.strips import amax
 
 __all__ = [
     "EXPONENT_NAN", "FLOATS", "FORMATS", "FP4_DIALECTS", "BlockFp8", "ChannelFp8", "ChannelInt8", "ColumnInt",
-    "Decoder", "FineGrainedFp8", "Format", "FormatError", "MxFp8", "PackedInt", "StoredPart", "TensorFp8", "amax",
-    "format_name", "make_format",
+    "Decoder", "FineGrainedFp8", "Format", "FormatError", "MxFp8", "PackedInt", "Probe", "StoredPart", "TensorFp8",
+    "amax", "format_name", "make_format",
 ]  # fmt: skip
 
 #: Formats that can be written, by name, and the options that each takes with the type of their values, or the
