@@ -69,6 +69,7 @@ def open_source(
 
 
 def show_plan(made: Plan, destination: Path, *, as_json: bool) -> None:
+    """Print a plan as text or JSON, with the disk space that a destination has."""
     from moeconv.explain import disk_of, plan_json, plan_text
 
     disk = disk_of(made, destination)
@@ -89,6 +90,7 @@ def execute_shown(made: Plan, destination: Path, *, fsync: bool, overwrite: bool
 def run(
     made: Plan, destination: Path, *, fsync: bool, overwrite: bool, as_json: bool, pool: Pool | None = None
 ) -> None:  # fmt: skip
+    """Run a plan and say what was done."""
     from moeconv.explain import count, size
 
     for warning in made.warnings:
@@ -126,6 +128,7 @@ def show_or_run(
     made: Plan, destination: Path, as_json: bool, dry_run: bool, no_fsync: bool, overwrite: bool,
     pool: Pool | None = None,
 ) -> None:  # fmt: skip
+    """Print a plan where that is wanted, else run it."""
     if dry_run:
         show_plan(made, destination, as_json=as_json)
     else:
@@ -133,6 +136,7 @@ def show_or_run(
 
 
 def print_json(content: dict[str, Any]) -> None:
+    """Print JSON for programs."""
     import json
 
     print(json.dumps(content, indent=2, ensure_ascii=False))

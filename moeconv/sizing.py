@@ -8,13 +8,11 @@ the output, for inputs of equal size. Experts of one projection are taken togeth
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import takewhile
 from math import inf
-from pathlib import Path
 from typing import NamedTuple
 
 from moeconv.checkpoint import Checkpoint
@@ -240,10 +238,3 @@ def recipe_of(
             why = f"  # {size(option.nbytes)}, error {option.error:.2e}" if not number else ""
             lines.append(f'  - {{match: "{pattern}", format: {name}{own}}}{why}')
     return "\n".join(lines) + "\n"
-
-
-def write_recipe(path: Path, text: str) -> None:
-    """Put a recipe into a file, whole or not at all."""
-    beside = path.with_name(f"{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)

@@ -7,15 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moeconv.checkpoint import Checkpoint, open_checkpoint
+from moeconv.checkpoint import MAX_CONFIG_BYTES, Checkpoint, open_checkpoint
 from moeconv.errors import OutputError, PlanError, UsageError
 from moeconv.explain import size
+from moeconv.files import Files
 from moeconv.formats import FORMATS, Probe, format_name
 from moeconv.plan import Options, Plan
 from moeconv.quantize import plan_measurement, plan_quantize
 from moeconv.recipe import Recipe
 from moeconv.scheme import FormatRule, Scheme, build_scheme, parse_format
-from moeconv.sizing import choose, components, measured, recipe_of, write_recipe
+from moeconv.sizing import choose, components, measured, recipe_of
 
 #: Plans that are made until one fits: headers and shards are only known then.
 _ATTEMPTS = 6
@@ -103,11 +104,17 @@ def plan_for_size(
     measure(plan, folder)
     parts = components(values, blocks, formats, measured(open_checkpoint(folder)))
     path = destination.with_name(f"{destination.name}.recipe.yaml")
-    before = path.read_text(encoding="utf-8") if path.exists() else None
+    files = Files()
+    before = files.read_bytes(path, MAX_CONFIG_BYTES).decode() if files.exists(path) else None
     fixed = sum(value.fill.target.nbytes for value in values if value.format is None)
     room = wanted.nbytes - fixed - sum(file.nbytes for file in source.sidecars)
     for _ in range(_ATTEMPTS):
         chosen = choose(parts, room)
+        if all(option.format is None for option in chosen):
+            raise PlanError(
+                f"the model fits {size(wanted.nbytes)} as it is: nothing would be quantized",
+                "Give a smaller --target-size.",
+            )
         error = sum(option.error for option in chosen)
         about = f"at most {wanted.nbytes} bytes, formats {' '.join(wanted.formats)}, summed error {error:.4g}"
         text = recipe_of(parts, chosen, about, wanted.formats, wanted.extends)
@@ -116,7 +123,7 @@ def plan_for_size(
                 f"{path} exists and is another recipe than the one chosen now",
                 f"Run it as it is with --recipe {path}, remove it, or replace it with --overwrite.",
             )
-        write_recipe(path, text)
+        _write(files, path, text.encode())
         made = _planned(source, recipe, path, wanted, options)
         over = made.output_nbytes - wanted.nbytes
         if over <= 0:
@@ -126,6 +133,18 @@ def plan_for_size(
     raise PlanError(
         f"no choice of formats was found that makes {size(wanted.nbytes)}", "Give a slightly larger --target-size."
     )
+
+
+def _write(files: Files, path: Path, content: bytes) -> None:
+    """Put a file there, whole or not at all."""
+    beside = path.with_name(f"{path.name}.partial")
+    file = files.create(beside, len(content))
+    try:
+        file.write_at(content, 0)
+        file.sync()
+    finally:
+        file.close()
+    files.rename(beside, path)
 
 
 def _planned(source: Checkpoint, recipe: Recipe, path: Path, wanted: Wanted, options: Options) -> Plan:
