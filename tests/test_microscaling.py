@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -9,10 +11,12 @@ pytest.importorskip("compressed_tensors")
 
 from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme  # type: ignore[import-untyped]
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam  # type: ignore[import-untyped]
+from safetensors.torch import load_file
 from torch import Tensor
 
 from moeconv.formats import FLOATS, make_format
 from tests.compressed import compressor_of, settings_of
+from tests.golden.sources import MATRICES, matrix_of
 from tests.test_formats import TORCH_DTYPES, Choice, assert_same, encoded, gaussian, peak_of, sources
 
 of_dtypes = pytest.mark.parametrize("dtype", FLOATS)
@@ -81,6 +85,18 @@ def test_nvfp4_is_that_of_compressed_tensors(dtype: str) -> None:
                 assert ours.keys() == expected.keys()
                 for suffix in ours:
                     assert_same(ours[suffix], expected[suffix], f"{about} {shape} {peak} {suffix}")
+
+
+GOLDEN = load_file(Path(__file__).parent / "golden" / "modelopt.safetensors")
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+@of_dtypes
+def test_nvfp4_is_that_of_modelopt(kind: str, dtype: str) -> None:
+    matrix = matrix_of(kind, dtype)
+    ours = encoded(Choice("modelopt_nvfp4", {}, 16), matrix, dtype)
+    for suffix, part in ours.items():
+        assert_same(part, GOLDEN[f"{dtype}/{kind}/{suffix}"], f"{kind} {suffix}")
 
 
 NUMBERS = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])

@@ -74,6 +74,15 @@ def tensors_of(source: Source) -> Tensors:
     return made
 
 
+#: Kinds of matrices that can be had for themselves.
+MATRICES = ("normal", "ties", "magnitudes", "zero blocks", "zero rows", "one-sided")
+
+
+def matrix_of(kind: str, dtype: str) -> torch.Tensor:
+    """A matrix [72, 256] of one kind."""
+    return _matrix(kind, kind, (72, 256), torch.finfo(TORCH_DTYPES[dtype])).to(TORCH_DTYPES[dtype])
+
+
 def _normal(seed: str, shape: tuple[int, int]) -> torch.Tensor:
     """Nearly Gaussian, of standard deviation 0.018: sums of four whole numbers, so exact."""
     content = bytearray(hashlib.shake_128(seed.encode()).digest(8 * shape[0] * shape[1]))
