@@ -87,8 +87,8 @@ def _json(value: Any) -> bytes:
 def _quantization_config(groups: Sequence[Group], kept: Sequence[str]) -> dict[str, Any]:
     """The one for all matrices: `fp8`, ModelOpt's, or compressed-tensors with a group for each format."""
     first = groups[0].format
-    if first.quant_method == "fp8":
-        return {"quant_method": "fp8", **first.settings(), "modules_to_not_convert": kept}
+    if first.quant_method in ("fp8", "mxfp4"):
+        return {"quant_method": first.quant_method, **first.settings(), "modules_to_not_convert": kept}
     if first.quant_method == "modelopt":
         settings = first.settings()
         return {

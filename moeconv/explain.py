@@ -73,9 +73,10 @@ def _valued(plan: Plan) -> list[Group]:
     groups = []
     for (what, why), values in alike.items():
         sources = {move.source.spec.name: move.source for value in values for move in value.fill.moves}
-        stored, made = _stored(sources.values()), [spec for value in values for spec, _ in value.parts]
+        stored = _stored(sources.values())
+        made = list({spec.name: spec for value in values for spec in value.targets}.values())
         names_in = _names(names for tensor in sources.values() for names in _source_names(tensor))
-        names_out = _names(map(_target_names, values))
+        names_out = _names(names for value in values for names in _target_names(value))
         nbytes_in, nbytes_out = total_nbytes(stored), total_nbytes(made)
         counts = len(stored), len(made), nbytes_in, nbytes_out
         groups.append(Group(what, why, tuple(names_in), tuple(names_out), *counts, str(made[0])))
@@ -107,7 +108,13 @@ def _source_names(tensor: StoredTensor) -> list[_Names]:
     return [*wholes] or [(name.removesuffix("weight") if tensor.encoded else name, tuple(parts))]
 
 
-def _target_names(value: Value) -> _Names:
+def _target_names(value: Value) -> list[_Names]:
+    if value.inside:
+        return [(spec.name, ("",)) for spec in value.targets]
+    return [_own_names(value)]
+
+
+def _own_names(value: Value) -> _Names:
     first, part = value.parts[0]
     if part is not None:
         return value.fill.target.name.removesuffix("weight"), tuple([part.suffix for _, part in value.parts if part])
@@ -228,8 +235,8 @@ def unquantized_share(plan: Plan) -> float | None:
     """Share of the model's full-precision bytes that a quantization leaves as they are; None for other plans."""
     if not any(value.format for value in plan.values):
         return None
-    whole = sum(value.fill.target.nbytes for value in plan.values)
-    plain = sum(value.fill.target.nbytes for value in plan.values if value.format is None)
+    whole = sum(value.nbytes for value in plan.values)
+    plain = sum(value.nbytes for value in plan.values if value.format is None)
     return round(plain / whole, 6) if whole else None
 
 

@@ -11,7 +11,7 @@ import typer
 import typer.core
 
 from moeconv.errors import UsageError
-from moeconv.formats import FORMATS
+from moeconv.formats import FAMILY_FORMATS, FORMATS
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}B": size for unit, size in _UNITS.items() if len(unit) == 1 and unit != "B"}
@@ -109,7 +109,7 @@ FormatOption = Annotated[
     str | None,
     typer.Option(
         "--format",
-        help=f"{', '.join(FORMATS)}: for experts and linear layers.",
+        help=f"{', '.join(FORMATS)}: for experts and linear layers. {', '.join(FAMILY_FORMATS)}: one family's experts.",
         metavar="NAME",
     ),
 ]

@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from moeconv import __version__
-from moeconv.checkpoint import INDEX, Checkpoint, Encoded, StoredTensor
+from moeconv.checkpoint import INDEX, Checkpoint, Encoded, Inside, StoredTensor
 from moeconv.encoded import format_of_module, quantization_config
 from moeconv.engines import Reading, format_readings, readings
 from moeconv.errors import PlanError, Problem, UsageError
@@ -83,6 +83,7 @@ class Value(NamedTuple):
         parts: the tensors it becomes, with what each is to the format; None for a plain tensor.
         why: one phrase.
         dtype: in which it goes to its encoder, or is written.
+        inside: where each part lies in a tensor that holds those of several matrices; empty where it has its own.
     """
 
     fill: Fill
@@ -90,6 +91,17 @@ class Value(NamedTuple):
     parts: tuple[tuple[Spec, StoredPart | None], ...]
     why: str
     dtype: str
+    inside: tuple[Inside, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix, or of what is copied, in full precision."""
+        return self.fill.target._replace(shape=self.fill.block).nbytes
+
+    @property
+    def targets(self) -> tuple[Spec, ...]:
+        """The tensors that it is written to."""
+        return tuple([inside.whole for inside in self.inside]) or tuple([spec for spec, _ in self.parts])
 
     @property
     def source(self) -> Encoded | None:

@@ -19,6 +19,7 @@ from moeconv.encoded import STATIC_SCALES, decoded_view
 from moeconv.engines import KEPT, MIXED, format_readings, readings
 from moeconv.errors import PlanError, Problem
 from moeconv.formats import FLOATS, Probe
+from moeconv.joined import joined_values
 from moeconv.layouts import find_units
 from moeconv.moves import Change, Fill, change, copy_of
 from moeconv.names import Pattern, collapse, natural_key
@@ -141,6 +142,7 @@ class _Planner:
         experts = set(self.blocks)
         fills += [copy_of(tensor) for tensor in found.rest]
         values = self._values(fills, experts, [(unit.block, names) for unit, names in stacks])
+        values = joined_values(values, self.source, self.recipe, self.problems)
         groups = groups_of((_module(value.fill.target), value.format) for value in values if value.format)
         shared = self._shared(values)
         self._check(values, groups, experts, bool(found.units))
@@ -150,7 +152,7 @@ class _Planner:
             self.every, values = tuple(values), [value for value in values if value.format is not None]
             self.source = self.source._replace(sidecars=())
         files, places, index = place_specs(
-            [tuple([spec for spec, _ in value.parts]) for value in values], self.source, self.options.max_shard_nbytes
+            list(dict.fromkeys(value.targets for value in values)), self.source, self.options.max_shard_nbytes
         )
 
         @cache
@@ -164,6 +166,9 @@ class _Planner:
         jobs = jobs_of(files, make_tasks, self.options)
         config = {} if isinstance(self.scheme.default, Probe) else self._config(values, groups)
         layout = "experts" if changes or not self.quantizes else self._layout(kept)
+        joint = next((v.format.layout_recipe for v in values if v.inside and v.format), None)
+        recipe = load_recipe(joint) if joint else self.recipe  # of the result
+        layout = "packed" if joint else layout
         formats = sorted({group.format.name for group in groups})
         of_experts = [v for v in values if v.fill.target.name in experts and _is_matrix(v.fill.target)]
         is_mixed = len(groups_of((v.fill.target.name, v.format) for v in of_experts if v.format)) > 1
@@ -179,7 +184,7 @@ class _Planner:
         names = len(self.stored.tensors) + sum(len(file.specs) for file in files)
         warnings = [*source_warnings(self.source, changes), *self._warnings(values), *reader_warnings(readers)]
         return Plan(
-            self.source, self.recipe, layout, self.options, tuple(changes), tuple(kept), found.rest, files, index,
+            self.source, recipe, layout, self.options, tuple(changes), tuple(kept), found.rest, files, index,
             make_tasks, transcoding_memory(examples, names * NAME_BYTES, jobs, self.options), readers,
             tuple(warnings), self._fingerprint(), self.scheme, tuple(values), config,
         )  # fmt: skip
@@ -334,7 +339,7 @@ class _Planner:
         names: set[str] = set()
         for value in values:
             for spec, _ in value.parts:
-                if spec.name in names:
+                if spec.name in names and value.fill.block == value.fill.target.shape:
                     self.problems.append(
                         Problem(
                             f"two sources for the one target {spec.name}", "Remove the one that is not the model's."
@@ -406,8 +411,8 @@ class _Planner:
                 part.inside is not None for value in values if value.source for part in value.source.parts.values()
             )
             return [*lines, "experts are written one by one: `moeconv pack` joins them"] if is_taken_apart else lines
-        whole = sum(value.fill.target.nbytes for value in values)
-        plain = sum(value.fill.target.nbytes for value in values if value.format is None)
+        whole = sum(value.nbytes for value in values)
+        plain = sum(value.nbytes for value in values if value.format is None)
         if plain * 4 > whole:
             lines.append(f"{100 * plain // whole} % of the bytes stay unquantized")
         unknown = [

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase, translate
 from typing import Any, NamedTuple
 
 from moeconv.errors import Problem, RecipeError, UsageError
-from moeconv.formats import FORMATS, Format, format_name, make_format
+from moeconv.formats import FAMILY_FORMATS, FORMATS, Format, format_name, make_format
 from moeconv.recipe_file import recipe_text, shipped_folder
 from moeconv.yamldoc import Yaml, nearest, read_yaml
 
@@ -89,9 +89,10 @@ def parse_format(name: str, options: Mapping[str, Any], where: str) -> Format:
         UsageError: unknown, or an option that the format does not take.
     """
     known = format_name(name)
-    if known not in FORMATS:
-        raise UsageError(f"{where} {name!r} is no format", nearest(known, FORMATS))
-    takes = FORMATS[known][1]
+    every = {**FORMATS, **FAMILY_FORMATS}
+    if known not in every:
+        raise UsageError(f"{where} {name!r} is no format", nearest(known, every))
+    takes = every[known][1]
     options = {option: format_name(value) if option == "search" else value for option, value in options.items()}
     for option, value in options.items():
         if option not in takes:
@@ -269,6 +270,8 @@ class Decider:
         layer = _LAYER.search(module)
         if layer and self._layers is not None and int(layer[1]) >= self._layers:
             return Decision(None, f"layer {layer[1]} is beyond the model's {self._layers} (it predicts further tokens)")
+        if scheme.default is not None and scheme.default.experts_only:
+            return Decision(None, f"only experts can be {scheme.default.name}")
         kept = self.kept(module)
         if kept is not None:
             return Decision(None, f"kept by default: {kept}")

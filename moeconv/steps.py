@@ -175,7 +175,7 @@ class Transcode(NamedTuple):
     @property
     def target_offset(self) -> int:
         part = self.targets[0]
-        return part.offset + part.bounds(self.first, self.last)[0] * part.row_nbytes
+        return part.offset + part.bounds(self.first, self.last)[0] * (part.stride or part.row_nbytes)
 
     @property
     def nbytes(self) -> int:

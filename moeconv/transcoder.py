@@ -130,9 +130,12 @@ class Transcoder:
         if not bool(is_finite):
             raise self._cause(step, first, last)
         for part, tensor in zip(step.targets, made, strict=True):
-            at, _ = part.bounds(first, last)
+            at, end = part.bounds(first, last)
             content = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-            sink(part.file, part.offset + at * part.row_nbytes, content, None)
+            stride = part.stride or part.row_nbytes
+            is_spread = stride != part.row_nbytes
+            rows = Rows(end - at, part.row_nbytes, stride, part.row_nbytes) if is_spread else None
+            sink(part.file, part.offset + at * stride, content, rows)
 
     def _staged(self, nbytes: int) -> Tensor:
         """The staging buffer that has rested longest."""

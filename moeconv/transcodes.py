@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from math import lcm, prod
 
-from moeconv.checkpoint import Encoded, StoredTensor
+from moeconv.checkpoint import Encoded, Inside, StoredTensor
 from moeconv.formats import Decoder, Format, StoredPart
 from moeconv.moves import copy_of
 from moeconv.plan import Value
@@ -27,7 +27,7 @@ def value_steps(value: Value, places: Places, allow_nonfinite: bool, sharing: Se
         sharing: all values that share a scale with it, itself included.
     """
     fill, stored = value.fill, value.source
-    if stored is not None and is_same(stored.format, value.format):
+    if stored is not None and not value.inside and is_same(stored.format, value.format):
         for tensor in stored.parts.values():
             yield from steps_of(copy_of(tensor), places[tensor.spec.name])
         return
@@ -36,9 +36,12 @@ def value_steps(value: Value, places: Places, allow_nonfinite: bool, sharing: Se
         return
     shape = fill.target.shape
     targets = []
-    for spec, part in value.parts:
-        place = places[spec.name]
-        if part is None:
+    for number, (spec, part) in enumerate(value.parts):
+        inside = value.inside[number] if value.inside else None
+        place = places[inside.whole.name if inside else spec.name]
+        if inside and part:
+            targets.append(_within(_part(part, spec, *place), spec, inside))
+        elif part is None:
             targets.append(_part(StoredPart("", spec.dtype, shape, 1), spec, *place))
         elif part.rows:
             targets.append(_part(part, spec, *place))
@@ -99,13 +102,16 @@ def _source(part: StoredPart, tensor: StoredTensor) -> Part:
     """Where rows of a part are read: one after another, or evenly spaced in a larger tensor."""
     spec = tensor.spec
     found = _part(part, spec, tensor.file, tensor.offset)
-    if tensor.inside is None:
-        return found
-    view, item = tensor.inside.view, DTYPE_BITS[spec.dtype] // 8
+    return found if tensor.inside is None else _within(found, spec, tensor.inside)
+
+
+def _within(part: Part, spec: Spec, inside: Inside) -> Part:
+    """A part whose offset is that of the tensor in which it lies."""
+    view, item = inside.view, DTYPE_BITS[spec.dtype] // 8
     if not view.axes:  # a number
-        return found._replace(offset=tensor.offset + tensor.inside.at * item)
+        return part._replace(offset=part.offset + inside.at * item)
     stride = view.axes[0].step * prod(view.block[1:]) * item
-    return found._replace(offset=tensor.offset + (tensor.inside.at + view.first) * item, stride=stride)
+    return part._replace(offset=part.offset + (inside.at + view.first) * item, stride=stride)
 
 
 def _part(part: StoredPart, spec: Spec, file: int, offset: int) -> Part:

@@ -7,7 +7,7 @@ from typing import Any
 
 from moeconv.formats.columns import ColumnInt
 from moeconv.formats.format import FLOATS, Decoder, Format, FormatError, StoredPart
-from moeconv.formats.fp4 import FP4_DIALECTS, ModelOptNvFp4, MxFp4, NvFp4
+from moeconv.formats.fp4 import FP4_DIALECTS, GptOssMxFp4, ModelOptNvFp4, MxFp4, NvFp4
 from moeconv.formats.fp8 import BlockFp8, ChannelFp8, FineGrainedFp8, MxFp8, TensorFp8
 from moeconv.formats.integers import ChannelInt8, PackedInt
 from moeconv.formats.mx import EXPONENT_NAN
@@ -15,9 +15,9 @@ from moeconv.formats.probe import Probe
 from moeconv.formats.strips import amax
 
 __all__ = [
-    "EXPONENT_NAN", "FLOATS", "FORMATS", "FP4_DIALECTS", "BlockFp8", "ChannelFp8", "ChannelInt8", "ColumnInt",
-    "Decoder", "FineGrainedFp8", "Format", "FormatError", "MxFp8", "PackedInt", "Probe", "StoredPart", "TensorFp8",
-    "amax", "format_name", "make_format",
+    "EXPONENT_NAN", "FAMILY_FORMATS", "FLOATS", "FORMATS", "FP4_DIALECTS", "BlockFp8", "ChannelFp8", "ChannelInt8",
+    "ColumnInt", "Decoder", "FineGrainedFp8", "Format", "FormatError", "MxFp8", "PackedInt", "Probe", "StoredPart",
+    "TensorFp8", "amax", "format_name", "make_format",
 ]  # fmt: skip
 
 #: Formats that can be written, by name, and the options that each takes with the type of their values, or the
@@ -37,6 +37,12 @@ FORMATS: dict[str, tuple[Callable[..., Format], dict[str, type | tuple[str, ...]
 }
 
 
+#: Formats of one family, which no other can have.
+FAMILY_FORMATS: dict[str, tuple[Callable[..., Format], dict[str, type | tuple[str, ...]]]] = {
+    "gptoss_mxfp4": (GptOssMxFp4, {}),
+}
+
+
 def format_name(text: str) -> str:
     """A format's name as typed, in any case and with `-` for `_`, as the tables have it."""
     return text.strip().lower().replace("-", "_")
@@ -44,4 +50,4 @@ def format_name(text: str) -> str:
 
 def make_format(name: str, options: dict[str, Any]) -> Format:
     """A format with its options; both must be known."""
-    return FORMATS[name][0](**options)
+    return {**FORMATS, **FAMILY_FORMATS}[name][0](**options)

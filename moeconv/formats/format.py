@@ -82,10 +82,14 @@ class Format(Decoder):
     Attributes:
         quant_method: `quant_method` of config.json.
         shares_scale: one scale stands for the whole matrix, and for those that engines fuse with it.
+        experts_only: engines have it for experts alone.
+        layout_recipe: the recipe in whose layout `packed` experts of this format are written; empty for one by one.
     """
 
     quant_method: str
     shares_scale: bool = False
+    experts_only: bool = False
+    layout_recipe: str = ""
 
     def refusal(self, shape: Shape, dtype: str) -> str | None:
         """Why a matrix cannot have this format, or None."""

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FP4_MAX = 6.0
+#: Halfway between neighbouring numbers.
+_BORDERS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 #: A half has steps of 2^-24 where it is smallest: a number times this is rounded there to multiples of 0.5.
 _TO_HALF_STEPS = 2.0**-23
 
@@ -95,9 +97,11 @@ class _WrittenFp4(GroupFp4, Format):
 
     Attributes:
         search: how scales are chosen; `amax` for the one that brings the largest magnitude to its place.
+        rounds_away: of two nearest codes the larger one, and -0 has a code of its own; else the even one.
     """
 
-    search: str
+    search: str = "amax"
+    rounds_away = False
 
     def _choose_by(self, search: str) -> None:
         self.search = search
@@ -148,7 +152,7 @@ class _WrittenFp4(GroupFp4, Format):
         scales, divisors, whole = self._scales(most, peak)
         if self.search != "amax":
             scales, divisors = self._best(tile, [(scales, divisors), *self._others(most, peak, scales)])
-        rounder = _Rounder()
+        rounder = _Rounder(self.rounds_away)
         for strip, values in float_strips(tile):
             by_group(values, self.group).div_(divisors[strip][..., None])
             codes[strip] = _packed(rounder.nearest(values))
@@ -212,6 +216,35 @@ class MxFp4(_WrittenFp4):
             "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8", "dynamic": False,
         }  # fmt: skip
         return {"format": "mxfp4-pack-quantized", "weights": weights, "input_activations": None}
+
+
+class GptOssMxFp4(_WrittenFp4):
+    """`quant_method: mxfp4`, experts of gpt-oss in the tensors of its recipe.
+
+    The scale is the least power of two under which nothing is above 6, and ties are rounded away from zero: OpenAI's
+    rule (triton_kernels, `numerics_details/mxfp.py`). A group of zeros has byte 0.
+    """
+
+    live_nbytes = 20
+    quant_method = "mxfp4"
+    rounds_away = True
+    experts_only = True
+    layout_recipe = "gpt_oss_mxfp4"
+
+    def __init__(self) -> None:
+        super().__init__("gptoss_mxfp4", 32, ("weight_blocks", "U8"), ("weight_scales", "U8"), has_blocks=True)
+
+    def _scales(self, most: Tensor, peak: float) -> tuple[Tensor, Tensor, Tensor]:
+        import torch
+
+        scale = most.float() / FP4_MAX
+        bits = (scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000
+        found = torch.where(most.isfinite(), bits >> 23, EXPONENT_NAN).to(torch.uint8)
+        power = bits.view(torch.float32)
+        return found, torch.where(power == 0, 1.0, power), most
+
+    def settings(self) -> dict[str, Any]:
+        return {}
 
 
 class _NvFp4(_WrittenFp4):
@@ -324,10 +357,9 @@ class ModelOptNvFp4(_NvFp4):
         return {"quant_algo": "W4A16_NVFP4", "weights": weights}
 
 
-BLOCKS_MXFP4 = GroupFp4("gptoss_mxfp4", 32, ("weight_blocks", "U8"), ("weight_scales", "U8"), has_blocks=True)
 #: All that can be read.
 FP4_DIALECTS = (
-    BLOCKS_MXFP4,
+    GptOssMxFp4(),
     MxFp4(),
     GroupFp4("modelopt_mxfp4", 32, ("weight", "U8"), ("weight_scale", "U8")),
     GroupFp4("fp4_e8m0", 32, ("weight", "I8"), ("scale", "F8_E8M0")),
@@ -365,9 +397,15 @@ def _rounded(values: Tensor) -> Tensor:
 
 
 class _Rounder:
-    """Finds nearest codes, in the same memory for one strip after another. A number of -0 has the code of 0."""
+    """Finds nearest codes, in the same memory for one strip after another.
 
-    def __init__(self) -> None:
+    Args:
+        rounds_away: of two nearest codes the larger one, with the sign of any zero. Else the even one; a number of -0
+            has the code of 0 then, a negative number that becomes 0 that of -0.
+    """
+
+    def __init__(self, rounds_away: bool) -> None:
+        self._rounds_away = rounds_away
         self._room: tuple[Tensor, Tensor, Tensor] | None = None
 
     def nearest(self, values: Tensor) -> Tensor:
@@ -379,6 +417,12 @@ class _Rounder:
         """
         import torch
 
+        if self._rounds_away:
+            magnitudes = values.abs()
+            signs = (values.view(torch.int32) >> 28).bitwise_and_(8).to(torch.int16)
+            for border in _BORDERS:
+                signs += magnitudes >= border
+            return signs
         if self._room is None:  # the first strip is the largest
             halves = torch.empty_like(values, dtype=torch.float16)
             self._room = halves, torch.empty_like(halves), torch.empty_like(halves, dtype=torch.int16)

@@ -2,8 +2,8 @@
 
     PYTHON_WITH_MODELOPT tests/golden/make_modelopt.py
 
-Run with nvidia-modelopt 0.47.0 (and requests, huggingface_hub), torch 2.13.0. Writes modelopt.safetensors beside this file: codes, scales and the
-scale of the whole as `DTYPE/KIND/PART`. The matrices are those of `sources`.
+Run with nvidia-modelopt 0.47.0, requests, huggingface_hub and torch 2.13.0. Writes modelopt.safetensors beside this
+file: codes, scales and the scale of the whole as `DTYPE/KIND/PART`. The matrices are those of `sources`.
 """
 
 from __future__ import annotations
