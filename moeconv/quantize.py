@@ -321,7 +321,7 @@ class _Planner:
         spec = fill.target
         made = decision.format
         stored = fill.moves[0].source.encoded if fill.moves else None
-        if stored is not None and made is not None and is_same(stored.format, made):
+        if stored is not None and made is not None and not made.layout_recipe and is_same(stored.format, made):
             parts = tuple((tensor.spec, None) for tensor in stored.parts.values())
             return Value(fill, made, parts, f"{made.name} already; copied byte for byte", self._dtype(fill))
         if made is None:

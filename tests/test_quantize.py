@@ -136,7 +136,7 @@ CLAIMS = sorted(
     for entry in entries()
     if entry.engine == "transformers" and not entry.when
     for model_type in entry.model_types
-    for name in entry.formats
+    for name in entry.formats & FORMATS.keys()
 )
 
 
