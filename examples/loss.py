@@ -51,7 +51,10 @@ CONFIG = {
 TRAINING = {"seed": 0, "steps": 600, "batch": 8, "rate": 3e-3, "warmup": 50, "weight_decay": 0.1, "balance": 0.01}
 WINDOW, WINDOWS = 256, 256
 #: What is tried of each option that a format can take.
-OPTIONS = {"ue8m0": ("--ue8m0",), "group_size": ("--group-size", "32"), "search": ("--scale", "mse")}
+OPTIONS = {"ue8m0": ("--ue8m0",), "group_size": ("--group-size", "32")}
+#: Sizes that formats are chosen for, as shares of the source's, and what is chosen from.
+TARGETS = (0.33, 0.42, 0.55)
+TARGET_FORMATS = ("fp8_dynamic", "w8a16", "w4a16", "mxfp4a16", "nvfp4a16")
 
 
 #: Changes gate and up, and down, of the experts of a layer in place.
@@ -87,8 +90,14 @@ class Measured(NamedTuple):
 def variants() -> Iterator[Variant]:
     """Every format, with and without each of its options."""
     for name, (_, takes) in FORMATS.items():
-        for chosen in product(*(((), OPTIONS[option]) for option in takes)):
+        tried = [((), *_tried(option, words)) for option, words in takes.items()]
+        for chosen in product(*tried):
             yield Variant(name, sum(chosen, ()))
+
+
+def _tried(option: str, words: object) -> list[tuple[str, ...]]:
+    """Values of an option that are not its default, as typed."""
+    return [("--scale", word) for word in words[1:]] if isinstance(words, tuple) else [OPTIONS[option]]
 
 
 @cache
@@ -204,7 +213,7 @@ def measure(variant: Variant, source: Path) -> Measured:
     moeconv("quantize", source, made, "--format", variant.name, *variant.options)
     moeconv("dequantize", made, back)
     model = load(back)
-    engines = format_readings({"model_type": Qwen3MoeConfig.model_type}, [variant.name], has_mixed=False)
+    engines = format_readings({"model_type": Qwen3MoeConfig.model_type}, [variant.name])
     reads = {engine.engine.split()[0]: engine.reads for engine in engines}
     read_losses = None
     if reads["transformers"] == "yes":
@@ -215,6 +224,18 @@ def measure(variant: Variant, source: Path) -> Measured:
             raise RuntimeError(f"{variant}: transformers reads other values of {', '.join(other)}")
         read_losses = losses(reader)
     return Measured(losses(model), read_losses, *_sizes(source, made))
+
+
+def measure_target(share: float, source: Path) -> tuple[Tensor, int, Path]:
+    """Quantize to a share of the size of the source: losses, the target, and the folder that was made."""
+    target = int(share * sum(path.stat().st_size for path in source.iterdir()))
+    made = source.parent / f"target-{share}"
+    for path in (made, made.with_name(f"{made.name}.recipe.yaml"), made.with_name(f"{made.name}.back")):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    moeconv("quantize", source, made, "--target-size", target, "--formats", ",".join(TARGET_FORMATS))
+    back = made.with_name(f"{made.name}.back")
+    moeconv("dequantize", made, back)
+    return losses(load(back)), target, made
 
 
 def _sizes(source: Path, made: Path) -> tuple[float, float]:
@@ -287,6 +308,12 @@ def main() -> None:
         more, error = difference(found.losses, plain)
         read = f"{difference(found.read_losses, plain)[0]:+.5f}" if found.read_losses is not None else "-"
         print(f"{variant!s:40}{found.bits:7.3f}{found.size:8.1%}{more:+10.5f}{error:9.5f}{read:>15}", flush=True)
+    print(f"\nchosen to fit, from {', '.join(TARGET_FORMATS)}:")
+    for share in TARGETS:
+        chosen, target, made = measure_target(share, source)
+        more, error = difference(chosen, plain)
+        size = sum(path.stat().st_size for path in made.iterdir()) / target * share
+        print(f"{f'at most {share:.0%}':47}{size:8.1%}{more:+10.5f}{error:9.5f}", flush=True)
     print("\nfor comparison, the experts of all layers, or of the first, damaged:")
     for about, damage in {**MIXED_UP, **WRONG_VALUES}.items():
         every, first = (

@@ -20,7 +20,8 @@ from tests.test_quantize import config_of, folder_tensors
 GOLDEN = load_file(Path(__file__).parent / "golden" / "openai.safetensors")
 SIZES = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
-    "intermediate_size": 96, "num_local_experts": 3, "head_dim": 16,
+    "intermediate_size": 96, "num_local_experts": 3, "num_experts_per_tok": 2,
+    "head_dim": 16,
 }  # fmt: skip
 BLOCK = "model.layers.1.mlp.experts"
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from examples import loss
 from examples.loss import Measured, Variant, difference
+from tests.test_target import summed_error
 
 pytestmark = pytest.mark.loss
 
@@ -75,9 +76,39 @@ def test_transformers_has_read_the_formats_that_it_knows(measured: Callable[[Var
     assert read >= {"fp8", "fp8_dynamic", "w4a16", "w8a16"}
 
 
-@pytest.mark.parametrize("searched", [v for v in VARIANTS if "mse" in v.options], ids=str)
+@pytest.mark.parametrize("searched", [v for v in VARIANTS if "--scale" in v.options], ids=str)
 def test_searching_for_scales_costs_no_quality(measured: Callable[[Variant], Measured], searched: Variant) -> None:
     """Beyond noise: of the windows, and of which weights happen to be rounded up."""
-    unsearched = Variant(searched.name, tuple(word for word in searched.options if word not in loss.OPTIONS["search"]))
+    at = searched.options.index("--scale")
+    unsearched = Variant(searched.name, searched.options[:at] + searched.options[at + 2 :])
     more, error = difference(measured(searched).losses, measured(unsearched).losses)
     assert more < max(2 * error, limit(measured(searched).bits) / 10)
+
+
+def folder_nbytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.name != "moeconv.json")
+
+
+def test_formats_chosen_for_a_size_lose_no_more_than_one_format_for_all(
+    source: Path, plain: Tensor, measured: Callable[[Variant], Measured], tmp_path: Path
+) -> None:
+    """Of those that fit; summed errors exactly, losses beyond their noise, and less of both for two sizes of three."""
+    uniform = {}
+    for name in loss.TARGET_FORMATS:
+        loss.moeconv("quantize", source, tmp_path / name, "--format", name)
+        uniform[name] = summed_error(source, tmp_path / name), folder_nbytes(tmp_path / name), measured(Variant(name))
+    better = 0
+    for share in loss.TARGETS:
+        losses, target, made = loss.measure_target(share, source)
+        assert folder_nbytes(made) <= target
+        error = summed_error(source, made)
+        fitting = [found for found in uniform.values() if found[1] <= target]
+        assert fitting
+        is_better = True
+        for other_error, _, other in fitting:
+            more, noise = difference(losses, other.losses)
+            assert error <= other_error
+            assert more < 2 * noise
+            is_better &= error < other_error and more < 0
+        better += is_better
+    assert better >= 2

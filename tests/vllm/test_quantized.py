@@ -172,12 +172,9 @@ def test_vllm_reads_mxfp4_of_gpt_oss(source: Callable[[str], Source], load: Ask,
     assert "error" not in answer, answer["error"]
     parameters = torch.load(answer["file"])
     for name, item in tensors_of(made).items():
-        rows = (
-            item.view(torch.uint8).flatten(0, 1).flatten(1)
-            if item.ndim > 2
-            else item.view(torch.uint8)[None].flatten(1)
-        )
-        assert any(all(raw(row) in raw(content) for row in rows) for content in parameters.values()), name
+        content = item.view(torch.uint8)
+        rows = content.flatten(0, 1).flatten(1) if item.ndim > 2 else content[None].flatten(1)
+        assert any(all(raw(row) in raw(held) for row in rows) for held in parameters.values()), name
 
 
 KEPT = sorted(
