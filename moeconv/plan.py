@@ -83,6 +83,7 @@ class Value(NamedTuple):
         parts: the tensors it becomes, with what each is to the format; None for a plain tensor.
         why: one phrase.
         dtype: in which it goes to its encoder, or is written.
+        keeps: `bytes` where the source's tensors are copied, `codes` where their values are taken, not decoded.
         inside: where each part lies in a tensor that holds those of several matrices; empty where it has its own.
     """
 
@@ -91,6 +92,7 @@ class Value(NamedTuple):
     parts: tuple[tuple[Spec, StoredPart | None], ...]
     why: str
     dtype: str
+    keeps: str = ""
     inside: tuple[Inside, ...] = ()
 
     @property

@@ -19,6 +19,7 @@ from moeconv.encoded import STATIC_SCALES, decoded_view
 from moeconv.engines import KEPT, MIXED, format_readings, readings
 from moeconv.errors import PlanError, Problem
 from moeconv.formats import FLOATS, Probe
+from moeconv.fused import torn_matrices
 from moeconv.joined import joined_values
 from moeconv.layouts import find_units
 from moeconv.moves import Change, Fill, change, copy_of
@@ -39,7 +40,7 @@ from moeconv.scheme import Decider, Decision, Scheme
 from moeconv.shards import place_specs
 from moeconv.steps import Step, Task, tasks_of
 from moeconv.tensors import Spec
-from moeconv.transcodes import has_codes, is_same, parts_of, value_steps
+from moeconv.transcodes import is_same, kept, parts_of, value_steps
 from moeconv.units import Unit
 from moeconv.unpacked import unpacked_view
 
@@ -121,6 +122,9 @@ class _Planner:
             "text_config", "num_hidden_layers"
         )
         self.decider = Decider(scheme, self.recipe.keep, layers if isinstance(layers, int) else None)
+        formats = [scheme.default, *(rule.format for rule in scheme.rules)]
+        shares = any(made and made.shares_scale for made in formats)
+        self.torn = torn_matrices(self.source, self.decider.partners) if shares else set()
 
     def plan(self) -> Plan:
         found = find_units(self.source, self.recipe, self.options.layout)
@@ -321,19 +325,18 @@ class _Planner:
         spec = fill.target
         made = decision.format
         stored = fill.moves[0].source.encoded if fill.moves else None
-        if stored is not None and made is not None and not made.layout_recipe and is_same(stored.format, made):
+        keeps = kept(stored, made, self._dtype(fill)) if spec.name not in self.torn else ""
+        if stored is not None and made is not None and keeps == "bytes":
             parts = tuple((tensor.spec, None) for tensor in stored.parts.values())
-            return Value(fill, made, parts, f"{made.name} already; copied byte for byte", self._dtype(fill))
+            return Value(fill, made, parts, f"{made.name} already; copied byte for byte", self._dtype(fill), keeps)
         if made is None:
             why = decision.why if stored is None else f"decoded from {stored.format.name}"
             return Value(fill, None, ((spec, None),), why, self._dtype(fill))
-        why = decision.why
-        if stored is not None and made.takes(stored.format, self._dtype(fill)):
-            why = f"{stored.format.name} with the same codes"
+        why = f"{stored.format.name} with the same codes" if stored is not None and keeps else decision.why
         head = _module(spec)
         parts_ = parts_of(made, spec.shape, self._dtype(fill))
         targets = tuple([(Spec(f"{head}.{p.suffix}", p.dtype, p.shape), p) for p in parts_])
-        return Value(fill, made, targets, why, self._dtype(fill))
+        return Value(fill, made, targets, why, self._dtype(fill), keeps)
 
     def _check(self, values: Sequence[Value], groups: Sequence[Group], experts: set[str], has_units: bool) -> None:
         names: set[str] = set()
@@ -381,7 +384,7 @@ class _Planner:
         shared = {}
         for module, value in named.items():
             partners = [named[p] for p in self.decider.partners(module) if p in named] or [value]
-            copied = [v.fill.target.name for v in partners if v.format and has_codes(v, v.format)]
+            copied = [v.fill.target.name for v in partners if v.keeps]
             shared[value.fill.target.name] = () if len(copied) == len(partners) else tuple(partners)
             if copied and len(copied) < len(partners) and value is partners[0]:
                 self.problems.append(
@@ -415,6 +418,11 @@ class _Planner:
         plain = sum(value.nbytes for value in values if value.format is None)
         if plain * 4 > whole:
             lines.append(f"{100 * plain // whole} % of the bytes stay unquantized")
+        if self.torn:
+            lines.append(
+                f"{len(self.torn):,} matrices have another scale for the whole than those that engines fuse with them, "
+                f"such as {min(self.torn, key=natural_key)}: they are encoded anew"
+            )
         unknown = [
             value.fill.target.name for value in values if value.format is None and value.why.startswith("not known")
         ]
@@ -428,7 +436,7 @@ class _Planner:
     def _config(self, values: Sequence[Value], groups: Sequence[Group]) -> dict[str, bytes]:
         kept = [_module(v.fill.target) for v in values if v.format is None and _is_layer(v.fill.target)]
         is_cast = any(value.source or self._dtype(value.fill) != value.fill.target.dtype for value in values)
-        is_copied = any(v.source and v.format and is_same(v.source.format, v.format) for v in values)
+        is_copied = any(value.keeps == "bytes" for value in values)
         carried = ("scale_fmt",) if is_copied else ()  # how engines treat the scales that stay as they are
         return rewritten(self.stored.config, groups, kept, self.scheme.dtype if is_cast else None, carried)
 
@@ -449,7 +457,7 @@ def _kind(value: Value) -> tuple[object, ...]:
     """Values of one kind need the same memory."""
     routes = tuple([id(move.route) for move in value.fill.moves])
     source = value.source and id(value.source.format)
-    return id(value.format), source, value.fill.target.dtype, value.fill.target.shape, routes
+    return value.keeps, id(value.format), source, value.fill.target.dtype, value.fill.target.shape, routes
 
 
 def _is_layer(spec: Spec) -> bool:

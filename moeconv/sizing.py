@@ -24,7 +24,7 @@ from moeconv.header import entry_nbytes
 from moeconv.names import natural_key
 from moeconv.plan import Value
 from moeconv.tensors import Spec
-from moeconv.transcodes import has_codes, parts_of
+from moeconv.transcodes import kept, parts_of
 
 _WEIGHT = ".weight"
 #: Sizes are counted in so many steps of the room that there is.
@@ -120,7 +120,8 @@ def _option(
         specs += [Spec(f"{module}.{p.suffix}", p.dtype, p.shape) for p in parts_of(made, shape, value.dtype)]
         of_module, norm = found[module]
         projection = module.rpartition(".")[2]
-        errors[projection] = errors.get(projection, 0.0) + (0.0 if has_codes(value, made) else of_module[number])
+        lost = 0.0 if kept(value.source, made, value.dtype) else of_module[number]
+        errors[projection] = errors.get(projection, 0.0) + lost
         norms[projection] = norms.get(projection, 0.0) + norm
     error = sum(errors[key] / norms[key] for key in errors if norms[key])
     return Option(made, _nbytes(specs), inf if inf in errors.values() else error)

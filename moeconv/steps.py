@@ -156,6 +156,7 @@ class Transcode(NamedTuple):
         last: row behind the last.
         allow_nonfinite: NaN and infinities count as zero; otherwise they are an error.
         sharing: all matrices with which it shares a scale, itself included; they are measured first.
+        is_retold: the encoder takes the parts of the source as they are.
     """
 
     matrix: Matrix
@@ -167,6 +168,7 @@ class Transcode(NamedTuple):
     last: int
     allow_nonfinite: bool
     sharing: tuple[Matrix, ...] = ()
+    is_retold: bool = False
 
     @property
     def target_file(self) -> int:

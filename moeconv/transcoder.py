@@ -234,7 +234,7 @@ def _encoding(step: Transcode, peak: float) -> Compute:
         import torch
 
         source = step.matrix.source
-        if step.encoder and isinstance(source, Decode) and step.encoder.takes(source.format, step.matrix.dtype):
+        if step.encoder and isinstance(source, Decode) and step.is_retold:
             made = step.encoder.retold(source.format, _parts(source, inputs))
         else:
             tile = _tile(step.matrix, inputs, step.allow_nonfinite)

@@ -7,7 +7,7 @@ from functools import cache
 from math import lcm, prod
 
 from moeconv.checkpoint import Encoded, Inside, StoredTensor
-from moeconv.formats import Decoder, Format, StoredPart
+from moeconv.formats import Decoder, Format, GroupFp4, StoredPart
 from moeconv.moves import copy_of
 from moeconv.plan import Value
 from moeconv.steps import Content, Decode, Matrix, Part, Rearrange, Step, Transcode, rearrangement, steps_of
@@ -27,7 +27,7 @@ def value_steps(value: Value, places: Places, allow_nonfinite: bool, sharing: Se
         sharing: all values that share a scale with it, itself included.
     """
     fill, stored = value.fill, value.source
-    if stored is not None and not value.inside and is_same(stored.format, value.format):
+    if stored is not None and value.keeps == "bytes":
         for tensor in stored.parts.values():
             yield from steps_of(copy_of(tensor), places[tensor.spec.name])
         return
@@ -53,7 +53,7 @@ def value_steps(value: Value, places: Places, allow_nonfinite: bool, sharing: Se
     written = sum(spec.nbytes for spec, _ in value.parts)
     yield Transcode(
         _matrix(value), value.format, tuple(targets), multiple, max(1, written // shape[0]), 0, shape[0],
-        allow_nonfinite, tuple(_matrix(other) for other in sharing),
+        allow_nonfinite, tuple(_matrix(other) for other in sharing), value.keeps == "codes",
     )  # fmt: skip
 
 
@@ -66,10 +66,21 @@ def is_same(one: Decoder | None, other: Decoder | None) -> bool:
     return one.settings() == other.settings() and _names(one) == _names(other)
 
 
-def has_codes(value: Value, made: Format) -> bool:
-    """The source has that format already, or the codes that it would have."""
-    stored = value.source
-    return stored is not None and (is_same(stored.format, made) or made.takes(stored.format, value.dtype))
+def kept(stored: Encoded | None, made: Format | None, dtype: str) -> str:
+    """What of a stored matrix can be kept in a format, as `Value.keeps` has it."""
+    if stored is None or made is None:
+        return ""
+    if is_same(stored.format, made) and not made.layout_recipe:
+        return "bytes"
+    return "codes" if made.takes(stored.format, dtype) else ""
+
+
+def whole_scale(stored: Encoded, shape: Shape) -> tuple[int, int] | None:
+    """File number and byte offset of the float32 that scales a whole matrix, where there is one."""
+    if not isinstance(stored.format, GroupFp4) or not stored.format.whole:
+        return None
+    part = next(part for part in _decode(stored, shape).parts if part.suffix == stored.format.whole)
+    return part.file, part.offset
 
 
 @cache

@@ -160,3 +160,56 @@ def test_some_formats_stand_alone(sources: dict[str, Path], tmp_path: Path, rule
     )
     message = refused("quantize", sources["qwen3_moe"], tmp_path / "made", "--recipe", recipe, within=tmp_path)
     assert f"{rules} cannot stand beside another format" in message
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_one_dialect_of_nvfp4_becomes_the_other_with_the_same_codes(
+    sources: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """A rename, and the scale of the whole as its reciprocal."""
+    other = next(key for key in FORMATS if key != name)
+    codes = {"nvfp4a16": "weight_packed", "modelopt_nvfp4": "weight"}
+    succeeds("quantize", sources["mixtral"], tmp_path / "first", "--format", name)
+    result = succeeds("quantize", tmp_path / "first", tmp_path / "made", "--format", other)
+    first, made = folder_tensors(tmp_path / "first"), folder_tensors(tmp_path / "made")
+    modules = [key.removesuffix(f".{FORMATS[name]}") for key in first if key.endswith(FORMATS[name])]
+    assert len(modules) > 30
+    for module in modules:
+        assert torch.equal(first[f"{module}.{codes[name]}"], made[f"{module}.{codes[other]}"])
+        scales = first[f"{module}.weight_scale"], made[f"{module}.weight_scale"]
+        assert torch.equal(*(item.view(torch.uint8) for item in scales))
+        assert torch.equal(
+            1 / first[f"{module}.{FORMATS[name]}"].flatten(), made[f"{module}.{FORMATS[other]}"].flatten()
+        )
+    assert "encoded anew" not in result.err
+    succeeds("verify", tmp_path / "made", "--against", tmp_path / "first")
+    # Decoded, nothing differs but the last bit of a product.
+    for folder in ("first", "made"):
+        succeeds("dequantize", tmp_path / folder, tmp_path / f"{folder}-plain", "--dtype", "float32")
+    one, two = folder_tensors(tmp_path / "first-plain"), folder_tensors(tmp_path / "made-plain")
+    assert all(torch.allclose(two[key], item, rtol=3e-7, atol=0) for key, item in one.items())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_scales_that_engines_cannot_fuse_are_made_anew(sources: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """Some tools give gate and up of an expert scales of their own; an engine takes one of them for both."""
+    succeeds("quantize", sources["mixtral"], tmp_path / "first", "--format", "nvfp4a16")
+    first = folder_tensors(tmp_path / "first")
+    torn = "model.layers.1.block_sparse_moe.experts.2.w3"
+    first[f"{torn}.weight_global_scale"] *= 1.5
+    source = tmp_path / "torn"
+    source.mkdir()
+    save_file(first, source / "model.safetensors")
+    (source / "config.json").write_text((tmp_path / "first" / "config.json").read_text())
+    result = succeeds("quantize", source, tmp_path / "made", "--format", name)
+    assert "2 matrices have another scale for the whole" in result.err
+    made = folder_tensors(tmp_path / "made")
+    scale = FORMATS[name]
+    assert torch.equal(made[f"{torn}.{scale}"], made[f"{torn.removesuffix('3')}1.{scale}"])
+    for folder in (source, tmp_path / "made"):
+        succeeds("dequantize", folder, folder.with_name(f"{folder.name}-plain"))
+    before, after = folder_tensors(tmp_path / "torn-plain"), folder_tensors(tmp_path / "made-plain")
+    error = (before[f"{torn}.weight"].float() - after[f"{torn}.weight"].float()).norm()
+    assert error < 0.1 * before[f"{torn}.weight"].float().norm()
+    other = "model.layers.1.block_sparse_moe.experts.1.w3"
+    assert torch.allclose(before[f"{other}.weight"].float(), after[f"{other}.weight"].float(), rtol=0.01)
