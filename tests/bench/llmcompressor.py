@@ -1,6 +1,6 @@
 """How long quantizing takes against llm-compressor's `model_free_ptq`: whole processes, run in turn on the same CPU.
 
-    python tests/bench/llmcompressor.py FOLDER PYTHON_WITH_LLMCOMPRESSOR [PAIRS [LAYERS]]
+    python tests/bench/llmcompressor.py FOLDER PYTHON_WITH_LLMCOMPRESSOR [PAIRS [LAYERS [FORMAT,FORMAT]]]
 
 llm-compressor runs with one worker and with two, and the better median counts. Neither waits for the disk, both
 use all cores, and both must write the same tensors. Prints one line for each format: median seconds and
@@ -20,7 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.bench import sources
 from tests.bench.timing import MOECONV, Run, compile_moeconv, in_turn, quartiles, warm
 
-PRESETS = {"fp8_dynamic": "FP8_DYNAMIC", "fp8_block": "FP8_BLOCK", "w8a8": "W8A8", "w4a16": "W4A16"}
+PRESETS = {
+    "fp8_dynamic": "FP8_DYNAMIC", "fp8_block": "FP8_BLOCK", "w8a8": "W8A8", "w4a16": "W4A16", "nvfp4a16": "NVFP4A16",
+    "mxfp4a16": "MXFP4A16",
+}  # fmt: skip
 PTQ = r"""
 import sys
 from llmcompressor.entrypoints.model_free import model_free_ptq
@@ -79,7 +82,7 @@ def main() -> None:
     source = folder / f"qwen3-{layers}-layers"
     nbytes = sources.write(source, sources.qwen3(layers), sources.QWEN3_30B_A3B)
     print(f"{nbytes / 1e9:.2f} GB of Qwen3-30B-A3B matrix sizes, {os.cpu_count()} cores")
-    for name in PRESETS:
+    for name in sys.argv[5].split(",") if len(sys.argv) > 5 else PRESETS:
         compare(name, source, folder / "output", python, pairs)
 
 

@@ -81,7 +81,7 @@ def main() -> None:
         measure(f"pack, {layers} layers", "pack", source, output)
         measure(f"pack, {layers} layers, small shards", "pack", source, output, "--max-shard-size", "300MB")
         measure(f"unpack, {layers} layers", "unpack", packed, output)
-        for name in ("fp8", "w8a8", "w4a16", "w4a16_asym"):
+        for name in ("fp8", "w8a8", "w4a16", "w4a16_asym", "nvfp4a16"):
             measure(f"quantize {name}, {layers} layers", "quantize", source, output, "--format", name)
         quantized = output.rename(folder / "quantized")
         measure(f"dequantize, {layers} layers", "dequantize", quantized, output)
