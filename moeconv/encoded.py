@@ -22,6 +22,7 @@ from moeconv.formats import (
     ColumnInt,
     Decoder,
     FineGrainedFp8,
+    ModelOptFp8,
     MxFp8,
     PackedInt,
     StoredPart,
@@ -195,6 +196,8 @@ def _candidates(specs: Mapping[str, Spec], schemes: Sequence[Mapping[str, Any]])
         elif scale.dtype in FLOATS:
             yield codes.shape, BlockFp8()
             yield codes.shape, ChannelFp8()
+            if scale.dtype == "F32" and len(scale.shape) in (1, 4):
+                yield codes.shape, ModelOptFp8(len(scale.shape) == 4)
             if scale.shape in ((), (1,)):
                 yield codes.shape, TensorFp8(scale.shape, suffix, scale.dtype)
     if scale is not None and codes.dtype == "I8" and scale.dtype in FLOATS:

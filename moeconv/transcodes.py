@@ -126,7 +126,7 @@ def _within(part: Part, spec: Spec, inside: Inside) -> Part:
 
 
 def _part(part: StoredPart, spec: Spec, file: int, offset: int) -> Part:
-    if len(spec.shape) < 2:
+    if not spec.shape or (len(spec.shape) < 2 and part.rows != 1):
         return Part(part.suffix, spec.dtype, file, offset, spec.nbytes, 1, part.rows)
     if part.is_across:
         runs, size = spec.shape

@@ -249,3 +249,33 @@ def test_decoding_holds_no_more_than_it_says(kind: Kind) -> None:
         if not kind.has_order:
             make_format("w8a16" if kind.bits == 8 else "w4a16_asym", {"group_size": GROUP}).retold(made, parts)
     assert used.peak <= 16 * 256 * 2048
+
+
+@pytest.mark.parametrize("by_block", [False, True])
+@pytest.mark.parametrize("tile", [1 << 20, 1 << 14])
+def test_fp8_of_modelopt_is_read(tmp_path: Path, by_block: bool, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales of rows without a second axis, and of blocks with two axes too many."""
+    monkeypatch.setattr("moeconv.budget.CPU_TILE_ELEMENTS", (tile,))
+    source, _ = checkpoint(tmp_path / "source", Kind("awq"), {"quant_method": "modelopt", "quant_algo": "FP8"})
+    generator = torch.Generator().manual_seed(4)
+    tensors, expected = {}, {}
+    for name, item in load_file(source / "model.safetensors").items():
+        if not name.endswith(".qweight"):
+            if ".experts." not in name:
+                tensors[name] = expected[name] = item
+            continue
+        shape = (96, 128) if ".w2." not in name else (128, 96)
+        module = name.removesuffix(".qweight")
+        codes = torch.randn(shape, generator=generator).to(torch.float8_e4m3fn)
+        blocks = (-(-shape[0] // 128), 1, -(-shape[1] // 128), 1)
+        scales = torch.rand(blocks if by_block else shape[:1], generator=generator) + 0.5
+        spread = (
+            scales.expand(-1, 128, -1, 128).reshape(128, 128)[: shape[0], : shape[1]] if by_block else scales[:, None]
+        )
+        tensors |= {f"{module}.weight": codes, f"{module}.weight_scale": scales}
+        expected[f"{module}.weight"] = (codes.float() * spread).half()
+    save_file(tensors, source / "model.safetensors")
+    succeeds("dequantize", source, tmp_path / "made")
+    made = folder_tensors(tmp_path / "made")
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[name], item) for name, item in expected.items())

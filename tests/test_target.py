@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from moeconv.errors import PlanError
-from moeconv.formats import make_format
+from moeconv.formats import Probe, make_format
 from moeconv.scheme import read_rules
 from moeconv.sizing import Component, Option, choose
 from tests.commands import refused, run, succeeds
-from tests.test_quantize import config_of, decoded, folder_tensors, sources
+from tests.meter import Meter
+from tests.test_quantize import EVERY, FAMILIES, config_of, decoded, folder_tensors, sources
 
 __all__ = ["sources"]  # a fixture
 
@@ -216,3 +218,28 @@ def test_a_choice_for_a_thousand_large_parts_is_quick_and_nearly_full() -> None:
     chosen = choose(parts, room)
     used = sum(option.nbytes for option in chosen)
     assert 0.999 * room < used <= room
+
+
+@pytest.mark.parametrize("names", [("fp8_dynamic",), ("nvfp4a16", "w4a16_asym"), tuple(FORMATS)], ids=str)
+def test_measuring_holds_no_more_than_it_says(names: tuple[str, ...]) -> None:
+    probe = Probe([make_format(name, {}) for name in names])
+    matrix = torch.randn(512, 1024, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    with Meter(matrix) as used:
+        errors, norms = probe.encode(matrix, float(matrix.abs().max()))
+    assert used.peak <= probe.live_nbytes * matrix.numel()
+    assert [tuple(errors.shape), tuple(norms.shape)] == [part.shape for part in probe.parts((512, 1024), "BF16")]
+    assert torch.allclose(norms.sum(), matrix.double().square().sum())
+
+
+def test_a_format_that_cannot_have_a_matrix_is_not_chosen_for_it(tmp_path: Path) -> None:
+    """Experts of 192 columns are made of no whole groups of 128: they are kept, or get the other format."""
+    config = {**FAMILIES["mixtral"], **EVERY, "intermediate_size": 192, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("mixtral", **config))
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    target = int(nbytes(tmp_path / "source") * 0.6)
+    options = ("--target-size", target, "--formats", "w4a16,fp8_dynamic")
+    succeeds("quantize", tmp_path / "source", tmp_path / "made", *options)
+    made = folder_tensors(tmp_path / "made")
+    experts = {item.dtype for name, item in made.items() if ".experts." in name and "scale" not in name}
+    assert experts == {torch.float8_e4m3fn}

@@ -8,7 +8,7 @@ from typing import Any
 from moeconv.formats.columns import ColumnInt
 from moeconv.formats.format import FLOATS, Decoder, Format, FormatError, StoredPart
 from moeconv.formats.fp4 import FP4_DIALECTS, GptOssMxFp4, GroupFp4, ModelOptNvFp4, MxFp4, NvFp4
-from moeconv.formats.fp8 import BlockFp8, ChannelFp8, FineGrainedFp8, MxFp8, TensorFp8
+from moeconv.formats.fp8 import BlockFp8, ChannelFp8, FineGrainedFp8, ModelOptFp8, MxFp8, TensorFp8
 from moeconv.formats.integers import ChannelInt8, PackedInt
 from moeconv.formats.mx import EXPONENT_NAN
 from moeconv.formats.probe import Probe
@@ -16,7 +16,7 @@ from moeconv.formats.strips import amax
 
 __all__ = [
     "EXPONENT_NAN", "FAMILY_FORMATS", "FLOATS", "FORMATS", "FP4_DIALECTS", "BlockFp8", "ChannelFp8", "ChannelInt8",
-    "ColumnInt", "Decoder", "FineGrainedFp8", "Format", "FormatError", "GroupFp4", "MxFp8", "PackedInt", "Probe",
+    "ColumnInt", "Decoder", "FineGrainedFp8", "Format", "FormatError", "GroupFp4", "ModelOptFp8", "MxFp8", "PackedInt", "Probe",
     "StoredPart", "TensorFp8", "amax", "format_name", "make_format",
 ]  # fmt: skip
 

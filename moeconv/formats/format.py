@@ -28,8 +28,8 @@ class StoredPart(NamedTuple):
         suffix: what follows the module's name: `weight_scale` in `model.layers.0.mlp.up_proj.weight_scale`.
         dtype: a safetensors name such as "F8_E4M3".
         shape: of the whole tensor.
-        rows: matrix rows that one index of axis 0 stands for; a part of less than two axes belongs to all. 0 for
-            a part that has nothing to do with rows.
+        rows: matrix rows that one index of axis 0 stands for; where this is not 1, a part of less than two axes belongs
+            to all rows. 0 for a part that has nothing to do with rows.
         is_across: the matrix' rows lie along axis 1, not 0.
     """
 

@@ -317,5 +317,35 @@ class TensorFp8(Decoder):
         return decoded
 
 
+class ModelOptFp8(Decoder):
+    """ModelOpt FP8 with float32 multipliers for rows, `weight_scale` [N], or for blocks, [N/128, 1, K/128, 1]."""
+
+    name = "modelopt_fp8"
+    live_nbytes = 13
+
+    def __init__(self, by_block: bool) -> None:
+        self.by_block = by_block
+        self.row_multiple = BLOCK if by_block else 1
+
+    def parts(self, shape: Shape, dtype: str) -> tuple[StoredPart, ...]:
+        blocks = (-(-shape[0] // BLOCK), 1, -(-shape[1] // BLOCK), 1)
+        scales = blocks if self.by_block else (shape[0],)
+        return (
+            StoredPart("weight", "F8_E4M3", shape, 1),
+            StoredPart("weight_scale", "F32", scales, self.row_multiple),
+        )
+
+    def decode(self, parts: Mapping[str, Tensor], columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        import torch
+
+        codes, scales = parts["weight"], parts["weight_scale"].reshape(-1, -(-columns // BLOCK) if self.by_block else 1)
+        if self.by_block:
+            return _decode_blocks(codes, scales, columns, dtype)
+        decoded = torch.empty(codes.shape, dtype=dtype or torch.float32, device=codes.device)
+        for strip in strips(codes):
+            decoded[strip] = _floats(codes[strip]).mul_(scales[strip])
+        return decoded
+
+
 def _arguments(**own: Any) -> dict[str, Any]:
     return {"num_bits": 8, "type": "float", "symmetric": True, **own}
