@@ -16,8 +16,8 @@ from moeconv.formats.strips import amax
 
 __all__ = [
     "EXPONENT_NAN", "FAMILY_FORMATS", "FLOATS", "FORMATS", "FP4_DIALECTS", "BlockFp8", "ChannelFp8", "ChannelInt8",
-    "ColumnInt", "Decoder", "FineGrainedFp8", "Format", "FormatError", "GroupFp4", "ModelOptFp8", "MxFp8", "PackedInt", "Probe",
-    "StoredPart", "TensorFp8", "amax", "format_name", "make_format",
+    "ColumnInt", "Decoder", "FineGrainedFp8", "Format", "FormatError", "GroupFp4", "ModelOptFp8", "MxFp8",
+    "PackedInt", "Probe", "StoredPart", "TensorFp8", "amax", "format_name", "make_format",
 ]  # fmt: skip
 
 #: Formats that can be written, by name, and the options that each takes with the type of their values, or the
