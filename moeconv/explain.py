@@ -74,9 +74,13 @@ def _valued(plan: Plan) -> list[Group]:
     for (what, why), values in alike.items():
         sources = {move.source.spec.name: move.source for value in values for move in value.fill.moves}
         stored = _stored(sources.values())
-        made = list({spec.name: spec for value in values for spec in value.targets}.values())
+        made = [spec for value in values for spec in value.targets]
+        if len(made) > len({spec.name for spec in made}):  # several matrices lie in one tensor
+            made = list({spec.name: spec for spec in made}.values())
         names_in = _names(names for tensor in sources.values() for names in _source_names(tensor))
-        names_out = _names(names for value in values for names in _target_names(value))
+        names_out = (
+            _joint_names(values) if any(value.inside for value in values) else _names(map(_target_names, values))
+        )
         nbytes_in, nbytes_out = total_nbytes(stored), total_nbytes(made)
         counts = len(stored), len(made), nbytes_in, nbytes_out
         groups.append(Group(what, why, tuple(names_in), tuple(names_out), *counts, str(made[0])))
@@ -108,19 +112,17 @@ def _source_names(tensor: StoredTensor) -> list[_Names]:
     return [*wholes] or [(name.removesuffix("weight") if tensor.encoded else name, tuple(parts))]
 
 
-def _target_names(value: Value) -> list[_Names]:
-    if value.inside:
-        return [(spec.name, ("",)) for spec in value.targets]
-    return [_own_names(value)]
-
-
-def _own_names(value: Value) -> _Names:
+def _target_names(value: Value) -> _Names:
     first, part = value.parts[0]
     if part is not None:
         return value.fill.target.name.removesuffix("weight"), tuple([part.suffix for _, part in value.parts if part])
     if value.format is not None and value.source is not None:  # copied as it is stored
         return value.fill.target.name.removesuffix("weight"), tuple(value.source.parts)
     return first.name, ("",)
+
+
+def _joint_names(values: Iterable[Value]) -> list[str]:
+    return collapse(list({spec.name: None for value in values for spec in value.targets}))
 
 
 def _names(matrices: Iterable[_Names]) -> list[str]:

@@ -98,12 +98,15 @@ class Value(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the matrix, or of what is copied, in full precision."""
-        return self.fill.target._replace(shape=self.fill.block).nbytes
+        target, block = self.fill.target, self.fill.block
+        return target.nbytes if block == target.shape else target._replace(shape=block).nbytes
 
     @property
     def targets(self) -> tuple[Spec, ...]:
         """The tensors that it is written to."""
-        return tuple([inside.whole for inside in self.inside]) or tuple([spec for spec, _ in self.parts])
+        if self.inside:
+            return tuple([inside.whole for inside in self.inside])
+        return tuple([spec for spec, _ in self.parts])
 
     @property
     def source(self) -> Encoded | None:

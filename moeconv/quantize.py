@@ -155,9 +155,7 @@ class _Planner:
         if isinstance(self.scheme.default, Probe):
             self.every, values = tuple(values), [value for value in values if value.format is not None]
             self.source = self.source._replace(sidecars=())
-        files, places, index = place_specs(
-            list(dict.fromkeys(value.targets for value in values)), self.source, self.options.max_shard_nbytes
-        )
+        files, places, index = place_specs(_groups_of_targets(values), self.source, self.options.max_shard_nbytes)
 
         @cache
         def make_tasks() -> tuple[Task, ...]:
@@ -451,6 +449,13 @@ def _without_stale_files(source: Checkpoint) -> Checkpoint:
     return source._replace(
         sidecars=tuple(file for file in source.sidecars if file not in stale), left_out=(*source.left_out, *left_out)
     )
+
+
+def _groups_of_targets(values: Sequence[Value]) -> list[tuple[Spec, ...]]:
+    """Target tensors that go into one file together, each once also where several matrices lie in it."""
+    groups = [value.targets for value in values]
+    is_joint = any(value.fill.block != value.fill.target.shape or value.inside for value in values)
+    return list(dict.fromkeys(groups)) if is_joint else groups
 
 
 def _kind(value: Value) -> tuple[object, ...]:
