@@ -34,7 +34,7 @@ def groups_of(formats: Iterable[tuple[str, Format]]) -> list[Group]:
     return [Group(made, tuple(modules)) for made, modules in found.values()]
 
 
-#: Where ModelOpt says once more how a checkpoint is quantized.
+#: Where ModelOpt says how a checkpoint is quantized, beside config.json or instead of it.
 MODELOPT_SETTINGS = "hf_quant_config.json"
 
 

@@ -238,9 +238,8 @@ def _column_format(specs: Mapping[str, Spec], quantization: Mapping[str, Any]) -
     )  # fmt: skip
     shape = (rows, columns)
     wanted = {part.suffix: part for part in made.parts(shape, "")}
-    if scales.dtype not in FLOATS or not all(
-        _is_part(spec, wanted[key]) for key, spec in specs.items() if key in wanted
-    ):
+    is_whole = specs.keys() == wanted.keys() and all(_is_part(spec, wanted[key]) for key, spec in specs.items())
+    if scales.dtype not in FLOATS or not is_whole:
         return f"its tensors are of no known form: {shown}"
     return shape, made
 

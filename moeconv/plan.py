@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from moeconv import __version__
 from moeconv.checkpoint import INDEX, Checkpoint, Encoded, Inside, StoredTensor
+from moeconv.config_json import MODELOPT_SETTINGS
 from moeconv.encoded import format_of_module, quantization_config
 from moeconv.engines import Reading, format_readings, readings
 from moeconv.errors import PlanError, Problem, UsageError
@@ -40,8 +41,6 @@ MAX_TILE_BYTES = 16 << 20
 ALL_TILES_BYTES = 64 << 20
 #: Peak RSS of a run without its buffers: interpreter, libraries, code (measured, `tests/bench/memory.py`).
 BASELINE_BYTES = 64 << 20
-#: Where ModelOpt says how a checkpoint is quantized, beside config.json or instead of it.
-QUANTIZATION = "hf_quant_config.json"
 #: Growth of RSS for each tensor name of source and target together (measured, `tests/bench/memory.py`).
 NAME_BYTES = 3000
 
@@ -280,7 +279,7 @@ def _readers(
         readers = format_readings(source.config, formats or examples.keys())
     else:
         readers = readings(recipe, source.config, layout, shapes, examples)
-    has_settings = quantization_config(source.config) or any(f.path == QUANTIZATION for f in source.sidecars)
+    has_settings = quantization_config(source.config) or any(f.path == MODELOPT_SETTINGS for f in source.sidecars)
     if not examples or has_settings:
         return readers
     why = "config.json does not say how experts are quantized, so that codes are taken for numbers"

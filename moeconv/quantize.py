@@ -14,7 +14,7 @@ from functools import cache
 
 from moeconv.budget import transcoding_memory
 from moeconv.checkpoint import Checkpoint, LeftOut
-from moeconv.config_json import Group, groups_of, rewritten
+from moeconv.config_json import MODELOPT_SETTINGS, Group, groups_of, rewritten
 from moeconv.encoded import STATIC_SCALES, decoded_view
 from moeconv.engines import KEPT, MIXED, format_readings, readings
 from moeconv.errors import PlanError, Problem
@@ -421,6 +421,9 @@ class _Planner:
                 f"{len(self.torn):,} matrices have another scale for the whole than those that engines fuse with them, "
                 f"such as {min(self.torn, key=natural_key)}: they are encoded anew"
             )
+        unsearched = [value for value in values if value.keeps and getattr(value.format, "search", "amax") != "amax"]
+        if unsearched:
+            lines.append(f"{len(unsearched):,} matrices keep their codes, so that --scale chooses nothing for them")
         unknown = [
             value.fill.target.name for value in values if value.format is None and value.why.startswith("not known")
         ]
@@ -440,7 +443,7 @@ class _Planner:
 
 
 #: Files beside config.json that say how the source is quantized, which its result is not any more.
-_STALE = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "recipe.yaml")
+_STALE = (MODELOPT_SETTINGS, "quantize_config.json", "quant_config.json", "recipe.yaml")
 
 
 def _without_stale_files(source: Checkpoint) -> Checkpoint:

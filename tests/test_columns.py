@@ -279,3 +279,22 @@ def test_fp8_of_modelopt_is_read(tmp_path: Path, by_block: bool, tile: int, monk
     made = folder_tensors(tmp_path / "made")
     assert made.keys() == expected.keys()
     assert all(torch.equal(made[name], item) for name, item in expected.items())
+
+
+@pytest.mark.parametrize(("suffix", "item"), [("weight", torch.ones(2, 2)), ("g_idx", torch.zeros(3).int())])
+def test_a_tensor_that_does_not_belong_there_is_refused(tmp_path: Path, suffix: str, item: Tensor) -> None:
+    """To decode the others and drop it would lose it without a word."""
+    source, _ = checkpoint(tmp_path / "source", Kind("awq"))
+    tensors = load_file(source / "model.safetensors")
+    tensors[f"model.layers.0.block_sparse_moe.experts.1.w2.{suffix}"] = item
+    save_file(tensors, source / "model.safetensors")
+    message = refused("dequantize", source, tmp_path / "made", within=tmp_path)
+    assert "experts.1.w2: its tensors are of no known form" in message
+
+
+def test_a_search_that_chooses_nothing_is_said(tmp_path: Path) -> None:
+    source, _ = checkpoint(tmp_path / "source", Kind("awq"))
+    options = ("--format", "w4a16_asym", "--group-size", GROUP)
+    searched = succeeds("quantize", source, tmp_path / "made", *options, "--scale", "mse")
+    assert "6 matrices keep their codes, so that --scale chooses nothing for them" in searched.err
+    assert "--scale" not in succeeds("quantize", source, tmp_path / "other", *options).err

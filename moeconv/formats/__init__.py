@@ -20,8 +20,7 @@ __all__ = [
     "PackedInt", "Probe", "StoredPart", "TensorFp8", "amax", "format_name", "make_format",
 ]  # fmt: skip
 
-#: Formats that can be written, by name, and the options that each takes with the type of their values, or the
-#: words.
+#: Formats that can be written, by name, and the options that each takes, with a type or the words that are known.
 FORMATS: dict[str, tuple[Callable[..., Format], dict[str, type | tuple[str, ...]]]] = {
     "fp8": (FineGrainedFp8, {"ue8m0": bool}),
     "fp8_dynamic": (ChannelFp8, {}),
