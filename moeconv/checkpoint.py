@@ -341,7 +341,7 @@ def _read_headers(
         except CheckpointError as error:
             opening.problems += error.problems
             continue
-        for twice in sorted(tensors.keys() & placed.keys()):
+        for twice in sorted(tensors.keys() & placed.keys()) if not tensors.keys().isdisjoint(placed) else ():
             other = weights[tensors[twice].file].path
             opening.problems.append(
                 Problem(

@@ -22,15 +22,12 @@ class Group(NamedTuple):
     modules: tuple[str, ...]
 
 
-def groups_of(formats: Iterable[tuple[str, Format]]) -> list[Group]:
+def groups_of(formats: Iterable[tuple[Format, Iterable[str]]]) -> list[Group]:
     """Modules by what config.json says of their format; how scales were chosen or stored is not said there."""
-    text_of: dict[int, str] = {}
     found: dict[str, tuple[Format, list[str]]] = {}
-    for module, made in formats:
-        text = text_of.get(id(made))
-        if text is None:
-            text = text_of[id(made)] = made.quant_method + json.dumps(made.settings(), sort_keys=True)
-        found.setdefault(text, (made, []))[1].append(module)
+    for made, modules in formats:
+        text = made.quant_method + json.dumps(made.settings(), sort_keys=True)
+        found.setdefault(text, (made, []))[1].extend(modules)
     return [Group(made, tuple(modules)) for made, modules in found.values()]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -63,7 +64,6 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
         problems: receives quantized tensors that cannot be read.
         dtype: dtype of the decoded matrices; None for the one of their scales, or the model's.
     """
-    tensors = dict(source.tensors)
     quantization = quantization_config(source.config)
     method = str(quantization.get("quant_method", "")).lower()
     if method not in ("", "fp8", "compressed-tensors", "mxfp4", "modelopt", *_COLUMN_METHODS):
@@ -74,42 +74,36 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
             )
         )
         return source
+    modules, tensors = _by_module(source.tensors)
     usual = model_dtype(source.config)
     groups = _groups(quantization)
-    known: dict[object, tuple[Shape, Decoder]] = {}  # by all that decides; a model has few kinds
-    last_words = {name.rpartition(".")[2] for name in source.tensors}
-    suffixes = [suffix for suffix in _SUFFIXES if suffix in last_words]
-    foreign = [suffix for suffix in _FOREIGN if suffix in last_words]
-    static = [suffix for suffix in STATIC_SCALES if suffix[1:] in last_words]
-    for module in _modules(source.tensors):
-        parts = {
-            suffix: tensor for suffix in suffixes if (tensor := source.tensors.get(f"{module}.{suffix}")) is not None
-        }
-        schemes = _schemes(groups, module)
-        kind = (*map(id, schemes), *[(suffix, tensor.spec[1:]) for suffix, tensor in parts.items()])
+    schemes = _schemes(groups, "")
+    known: dict[object, tuple[Shape, str, Decoder]] = {}  # by all that decides; a model has few kinds
+    for module, beside in modules.items():
+        own, foreign = _sorted_words(tuple(beside), "weight" in beside and beside["weight"].spec.dtype in _CODES)
+        if not own:
+            tensors.update({tensor.spec.name: tensor for tensor in beside.values()})
+            continue
+        parts = {word: beside[word] for word in own} if own != tuple(beside) else beside
+        schemes = _schemes(groups, module) if len(groups) > 1 else schemes
+        kind = (*map(id, schemes), own, *[tensor.spec[1:] for tensor in parts.values()])
         if kind not in known:
             found = _format_of(parts, quantization, schemes)
             if isinstance(found, str):
                 problems.append(Problem(f"{module}: {found}", "Start from the checkpoint in full precision."))
+                tensors.update({tensor.spec.name: tensor for tensor in beside.values()})
                 continue
-            known[kind] = found
-        shape, made = known[kind]
-        scale = parts.get("weight_scale", parts.get("scales"))
-        own = scale.spec.dtype if scale is not None and scale.spec.dtype in ("BF16", "F16") else None
-        for suffix in parts:
-            del tensors[f"{module}.{suffix}"]
-        for suffix in static:
-            tensors.pop(module + suffix, None)
-        for suffix in foreign:
-            if f"{module}.{suffix}" in source.tensors and suffix not in parts:
-                problems.append(
-                    Problem(
-                        f"{module}.{suffix} changes what the codes beside it mean, in a way that cannot be decoded yet",
-                        "Start from the checkpoint in full precision.",
-                    )
+            known[kind] = found[0], dtype or _scale_dtype(parts) or usual, found[1]
+        shape, dtype_, made = known[kind]
+        for word in foreign:
+            problems.append(
+                Problem(
+                    f"{module}.{word} changes what the codes beside it mean, in a way that cannot be decoded yet",
+                    "Start from the checkpoint in full precision.",
                 )
-        first = next(iter(parts.values()))
-        spec = Spec(f"{module}.weight", dtype or own or usual, shape)
+            )
+        first = parts[own[0]]
+        spec = Spec(f"{module}.weight", dtype_, shape)
         tensors[spec.name] = StoredTensor(spec, first.file, first.offset, Encoded(made, parts))
     for tensor in tensors.values():
         if tensor.encoded is None and _is_bare(tensor.spec, bool(quantization)):
@@ -120,6 +114,46 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
                 )
             )
     return source._replace(tensors=tensors)
+
+
+def _by_module(
+    tensors: Mapping[str, StoredTensor],
+) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, StoredTensor]]:
+    """Tensors whose last word says that they may belong to a quantized matrix, by module and word; and all others."""
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    others: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        module, _, word = name.rpartition(".")
+        if word in _WORDS and module:
+            if module in modules:
+                modules[module][word] = tensor
+            else:
+                modules[module] = {word: tensor}
+        else:
+            others[name] = tensor
+    return modules, others
+
+
+@cache  # a model has few combinations
+def _sorted_words(words: tuple[str, ...], has_codes: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of the words behind a module's name, those of a quantized matrix, in one order, and those that are foreign to it.
+
+    Both are empty where nothing tells of such a matrix.
+    """
+    tells = (
+        not {"weight_scale_inv", "weight_scale", "weight_scales"}.isdisjoint(words)
+        or {"scales", "qweight"} <= set(words)
+        or ("scale" in words and has_codes)
+    )
+    if not tells:
+        return (), ()
+    return tuple(w for w in _SUFFIXES if w in words), tuple(w for w in _FOREIGN if w in words and w not in _SUFFIXES)
+
+
+def _scale_dtype(parts: Mapping[str, StoredTensor]) -> str | None:
+    """The dtype of scales that are of the model's dtype."""
+    scale = parts.get("weight_scale", parts.get("scales"))
+    return scale.spec.dtype if scale is not None and scale.spec.dtype in ("BF16", "F16") else None
 
 
 _SUFFIXES = (
@@ -133,6 +167,7 @@ _COLUMN_METHODS = ("awq", "gptq", "auto-round", "auto_round", "intel/auto-round"
 _FOREIGN = ("pre_quant_scale", "weight_g_idx", "g_idx")
 #: Scales for activations that were measured; nothing that decodes a matrix needs them.
 STATIC_SCALES = (".input_scale", ".input_global_scale")
+_WORDS = frozenset((*_SUFFIXES, *_FOREIGN, *(suffix[1:] for suffix in STATIC_SCALES)))
 
 
 def _is_bare(spec: Spec, is_quantized: bool) -> bool:
@@ -141,18 +176,6 @@ def _is_bare(spec: Spec, is_quantized: bool) -> bool:
         return False
     is_weight = spec.name.endswith((".weight", ".weight_packed", ".weight_blocks", ".qweight"))
     return spec.dtype.startswith("F8") or (is_quantized and is_weight and spec.dtype in (*_CODES, "I32"))
-
-
-def _modules(tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
-    for name in tensors:
-        if name.endswith(("scale", "scale_inv", "scales")):
-            module, _, suffix = name.rpartition(".")
-            if (
-                suffix in ("weight_scale_inv", "weight_scale", "weight_scales")
-                or (suffix == "scale" and (codes := tensors.get(f"{module}.weight")) and codes.spec.dtype in _CODES)
-                or (suffix == "scales" and f"{module}.qweight" in tensors)
-            ):
-                yield module
 
 
 def _format_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +13,10 @@ from moeconv.files import Files
 from moeconv.moves import Change
 from moeconv.names import collapse
 from moeconv.ops import Part
-from moeconv.plan import Plan, Value
+from moeconv.plan import Plan
 from moeconv.tensors import Spec, total_nbytes
 from moeconv.units import Unit, unit_names
+from moeconv.values import Value, alike, nbytes_of
 
 SCHEMA_VERSION = 1
 
@@ -66,24 +68,25 @@ def groups_of(plan: Plan) -> list[Group]:
 
 def _valued(plan: Plan) -> list[Group]:
     """Groups of a quantization: what has the same fate for the same reason."""
-    alike: dict[tuple[str, str], list[Value]] = {}
-    for value in plan.values:
-        what = value.format.name if value.format else "decoded" if value.source else "copied"
-        alike.setdefault((what, value.why), []).append(value)
+    together: dict[tuple[str, str], list[list[Value]]] = {}
+    for kind in alike(plan.values):
+        fate = kind[0].fate
+        what = fate.format.name if fate.format else "decoded" if fate.decoder else "copied"
+        together.setdefault((what, fate.why), []).append(kind)
     groups = []
-    for (what, why), values in alike.items():
+    for (what, why), kinds in together.items():
+        values = [value for kind in kinds for value in kind]
         sources = {move.source.spec.name: move.source for value in values for move in value.fill.moves}
         stored = _stored(sources.values())
         made = [spec for value in values for spec in value.targets]
-        if len(made) > len({spec.name for spec in made}):  # several matrices lie in one tensor
+        is_joint = any(value.inside for value in values)
+        if is_joint or any(kind[0].fate.is_piece for kind in kinds):
             made = list({spec.name: spec for spec in made}.values())
-        names_in = _names(names for tensor in sources.values() for names in _source_names(tensor))
-        names_out = (
-            _joint_names(values) if any(value.inside for value in values) else _names(map(_target_names, values))
-        )
+        names_in = _names(_source_names(sources.values()))
+        names_out = tuple(collapse([spec.name for spec in made])) if is_joint else _names(_target_names(kinds))
         nbytes_in, nbytes_out = total_nbytes(stored), total_nbytes(made)
         counts = len(stored), len(made), nbytes_in, nbytes_out
-        groups.append(Group(what, why, tuple(names_in), tuple(names_out), *counts, str(made[0])))
+        groups.append(Group(what, why, names_in, names_out, *counts, str(made[0])))
     order = {"copied": 2, "decoded": 1}
     return sorted(groups, key=lambda group: (order.get(group.what, 0), -group.nbytes_out))
 
@@ -101,38 +104,48 @@ def _stored(sources: Iterable[StoredTensor]) -> list[Spec]:
     return own + list(wholes.values())
 
 
-#: The names of the tensors of a matrix: one beginning, and their ends.
-_Names = tuple[str, tuple[str, ...]]
+#: Names of matrices, by the words that stand for `weight` in the names of their tensors.
+_Named = dict[tuple[str, ...], dict[str, None]]
+_PLAIN = ("",)
 
 
-def _source_names(tensor: StoredTensor) -> list[_Names]:
-    name = tensor.spec.name
-    parts = tensor.encoded.parts if tensor.encoded else {"": tensor}
-    wholes = [(part.inside.whole.name, ("",)) for part in parts.values() if part.inside is not None]
-    return [*wholes] or [(name.removesuffix("weight") if tensor.encoded else name, tuple(parts))]
+def _source_names(sources: Iterable[StoredTensor]) -> _Named:
+    """What is read. Tensors that hold several matrices have names of their own."""
+    named: _Named = {}
+    for tensor in sources:
+        parts = tensor.encoded.parts if tensor.encoded else {"": tensor}
+        wholes = [part.inside.whole.name for part in parts.values() if part.inside is not None]
+        if wholes:
+            named.setdefault(_PLAIN, {}).update(dict.fromkeys(wholes))
+        else:
+            named.setdefault(tuple(parts), {})[tensor.spec.name] = None
+    return named
 
 
-def _target_names(value: Value) -> _Names:
-    first, part = value.parts[0]
-    if part is not None:
-        return value.fill.target.name.removesuffix("weight"), tuple([part.suffix for _, part in value.parts if part])
-    if value.format is not None and value.source is not None:  # copied as it is stored
-        return value.fill.target.name.removesuffix("weight"), tuple(value.source.parts)
-    return first.name, ("",)
+def _target_names(kinds: Iterable[Sequence[Value]]) -> _Named:
+    """What is written."""
+    named: _Named = {}
+    for kind in kinds:
+        stem = kind[0].fill.target.name.removesuffix("weight")
+        words = tuple([spec.name.removeprefix(stem) for spec in kind[0].specs]) if kind[0].format else _PLAIN
+        named.setdefault(words, {}).update(dict.fromkeys([value.fill.target.name for value in kind]))
+    return named
 
 
-def _joint_names(values: Iterable[Value]) -> list[str]:
-    return collapse(list({spec.name: None for value in values for spec in value.targets}))
-
-
-def _names(matrices: Iterable[_Names]) -> list[str]:
+def _names(named: _Named) -> tuple[str, ...]:
     """Names of tensors, collapsed once for all tensors of a matrix."""
-    alike: dict[tuple[str, ...], dict[str, None]] = {}
-    for stem, ends in matrices:
-        alike.setdefault(ends, {})[stem] = None
-    return list(
-        dict.fromkeys(line + end for ends, stems in alike.items() for line in collapse(list(stems)) for end in ends)
-    )
+    found: dict[str, None] = {}
+    for words, names in named.items():
+        lines = _collapsed(tuple(names))
+        found |= dict.fromkeys(
+            lines if words == _PLAIN else [line.removesuffix("weight") + word for line in lines for word in words]
+        )
+    return tuple(found)
+
+
+@lru_cache(maxsize=4)  # what is read often has the names of what is written
+def _collapsed(names: tuple[str, ...]) -> list[str]:
+    return collapse(names)
 
 
 def _alike(changes: Iterable[Change]) -> list[list[Change]]:
@@ -237,8 +250,8 @@ def unquantized_share(plan: Plan) -> float | None:
     """Share of the model's full-precision bytes that a quantization leaves as they are; None for other plans."""
     if not any(value.format for value in plan.values):
         return None
-    whole = sum(value.nbytes for value in plan.values)
-    plain = sum(value.nbytes for value in plan.values if value.format is None)
+    kinds = alike(plan.values)
+    whole, plain = nbytes_of(kinds), nbytes_of([kind for kind in kinds if kind[0].format is None])
     return round(plain / whole, 6) if whole else None
 
 

@@ -160,10 +160,11 @@ def _is_hinted(form: Form, last_words: Iterable[str]) -> bool:
 
 def _examples(source: Checkpoint, telling: tuple[str, ...]) -> list[str]:
     """The first and the last name of those that end alike and have one shape: either may have lost its neighbours."""
-    told = [name for name in source.tensors if name.endswith(telling)]
-    kinds = [(name[name.rfind(".", 0, name.rfind(".")) :], source.tensors[name].spec.shape) for name in told]
-    ends = [dict(zip(reversed(kinds), reversed(told), strict=True)), dict(zip(kinds, told, strict=True))]
-    return list(dict.fromkeys(name for names in ends for name in names.values()))
+    told = [tensor.spec for name, tensor in source.tensors.items() if name.endswith(telling)]
+    kinds = [(*name.rsplit(".", 2)[1:], shape) for name, _, shape in told]
+    last = dict(zip(kinds, told, strict=True))
+    first = {kind: told[kinds.index(kind)] for kind in last}
+    return list(dict.fromkeys(spec.name for spec in (*first.values(), *last.values())))
 
 
 def _is_example(form: Form, name: str, source: Checkpoint) -> bool:

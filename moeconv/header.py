@@ -253,8 +253,8 @@ def header_problem(path: str, error: HeaderError) -> Problem:
     return Problem(f"{path}: {error}", _DAMAGED)
 
 
-def build_header(specs: Iterable[Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
-    """The head of a file that holds `specs` in this order, each tensor's offset in the file, and the file's size.
+def build_header(specs: Iterable[Spec], metadata: Mapping[str, str]) -> tuple[bytes, list[int], int]:
+    """The head of a file that holds `specs` in this order, the tensors' offsets in the file, and the file's size.
 
     The JSON is padded with spaces so that data starts at an aligned place (see `DATA_ALIGNMENT`).
     """
@@ -262,19 +262,16 @@ def build_header(specs: Iterable[Spec], metadata: Mapping[str, str]) -> tuple[by
         [f'"__metadata__":{json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=False)}'] if metadata else []
     )
     at = 0
-    starts: dict[str, int] = {}
-    for spec in specs:
-        name, dtype, shape = spec
+    starts: list[int] = []
+    for name, dtype, shape in specs:
         nbytes, kind = _kind_text(dtype, shape)
-        end = at + nbytes
+        starts.append(at)
         text = json.dumps(name, ensure_ascii=False) if '"' in name or "\\" in name else f'"{name}"'
-        entries.append(f"{text}{kind}{at},{end}]}}")
-        starts[name] = at
-        at = end
+        entries.append(f"{text}{kind}{at},{(at := at + nbytes)}]}}")
     content = f"{{{','.join(entries)}}}".encode()
     content += b" " * (-(8 + len(content)) % (LARGE_DATA_ALIGNMENT if at >= LARGE_FILE_BYTES else DATA_ALIGNMENT))
     head = struct.pack("<Q", len(content)) + content
-    return head, {name: len(head) + start for name, start in starts.items()}, len(head) + at
+    return head, [len(head) + start for start in starts], len(head) + at
 
 
 @cache
@@ -284,9 +281,14 @@ def _kind_text(dtype: str, shape: Shape) -> tuple[int, str]:
     return Spec("", dtype, shape).nbytes, f':{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":['
 
 
-def entry_nbytes(spec: Spec) -> int:
-    """More bytes than a tensor takes in a header, whatever its place and the characters of its name."""
-    return 100 + 4 * len(spec.name) + 21 * len(spec.shape)
+def stored_nbytes(specs: Iterable[Spec]) -> int:
+    """More bytes than tensors and their entries take in a file, whatever their places and letters."""
+    return sum([_stored_nbytes(dtype, shape) + 4 * len(name) for name, dtype, shape in specs])
+
+
+@cache
+def _stored_nbytes(dtype: str, shape: Shape) -> int:
+    return Spec("", dtype, shape).nbytes + 100 + 21 * len(shape)
 
 
 def head_nbytes(metadata: Mapping[str, str], file_nbytes: int) -> int:

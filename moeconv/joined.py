@@ -8,9 +8,9 @@ from moeconv.checkpoint import Checkpoint, Inside, StoredTensor
 from moeconv.errors import Problem
 from moeconv.layouts import find_units
 from moeconv.moves import Fill, Move, Route, change
-from moeconv.plan import Value
 from moeconv.recipe import Recipe
 from moeconv.recipe_file import load_recipe
+from moeconv.values import Value
 
 
 def joined_values(
@@ -39,7 +39,7 @@ def joined_values(
             )
         )
         return list(values)
-    outputs = {spec.name: (spec, value) for value in values for spec, _ in value.parts}
+    outputs = {spec.name: (spec, value) for value in values for spec in value.specs}
     tensors = {name: StoredTensor(spec, 0, 0) for name, (spec, _) in outputs.items()}
     inside: dict[str, Inside] = {}
     copied: list[Value] = []
@@ -49,13 +49,15 @@ def joined_values(
         for fill in moved.fills if moved else ():
             origins = [outputs[move.source.spec.name][1] for move in fill.moves]
             if all(value.is_plain for value in origins):
-                copied.append(origins[0]._replace(fill=_through(fill, origins), parts=((fill.target, None),)))
+                nbytes, is_piece = fill.target._replace(shape=fill.block).nbytes, fill.block != fill.target.shape
+                fate = origins[0].fate._replace(nbytes=nbytes, is_piece=is_piece)
+                copied.append(Value(_through(fill, origins), fate, (fill.target,)))
                 replaced |= {move.source.spec.name for move in fill.moves}
             else:
                 inside |= {m.source.spec.name: Inside(fill.target, fill.at, m.route.target) for m in fill.moves}
     result = []
     for value in values:
-        names = [spec.name for spec, _ in value.parts]
+        names = [spec.name for spec in value.specs]
         if names[0] in inside:
             result.append(value._replace(inside=tuple([inside[name] for name in names])))
         elif names[0] not in replaced:

@@ -91,12 +91,15 @@ def find_units(checkpoint: Checkpoint, recipe: Recipe, forced: str | None = None
     for (number, block), by_layout in search.candidates().items():
         component, family = search.components[number]
         decided.setdefault((family, block), []).append(search.decide(component, block, by_layout))
+    held: list[frozenset[str]] = []
     for forms in decided.values():  # the form that explains most tensors, full precision first
         best = max(forms, key=lambda decision: (len(decision.names), decision.unit is not None))
-        search.units += [best.unit] if best.unit else []
+        if best.unit:
+            search.units.append(best.unit)
+            held.append(best.names)
         search.problems += best.problems
     search.units.sort(key=lambda unit: (search.family(unit.component), natural_key(unit.block)))
-    used = {tensor.spec.name for unit in search.units for tensor in unit.tensors()}
+    used: set[str] = set().union(*held)
     rest = [tensor for name, tensor in checkpoint.tensors.items() if name not in used]
     unknown: list[Problem] = []
     if not search.problems:

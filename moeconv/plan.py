@@ -15,13 +15,12 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from moeconv import __version__
-from moeconv.checkpoint import INDEX, Checkpoint, Encoded, Inside, StoredTensor
+from moeconv.checkpoint import INDEX, Checkpoint, StoredTensor
 from moeconv.config_json import MODELOPT_SETTINGS
 from moeconv.encoded import format_of_module, quantization_config
 from moeconv.engines import Reading, format_readings, readings
 from moeconv.errors import PlanError, Problem, UsageError
 from moeconv.files import FileStat
-from moeconv.formats import Format, StoredPart
 from moeconv.layouts import find_units
 from moeconv.moves import Change, Fill, change
 from moeconv.recipe import Recipe
@@ -30,6 +29,7 @@ from moeconv.shards import TargetFile, place_specs
 from moeconv.steps import TASK_BYTES, Copy, Step, Task, needs_whole_bytes, steps_of, tasks_of
 from moeconv.tensors import Spec
 from moeconv.units import Unit, layout_lines
+from moeconv.values import Value
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 #: Bytes that one worker holds while it copies.
@@ -71,51 +71,6 @@ class Options(NamedTuple):
     layout: str | None = None
     include: tuple[str, ...] = ()
     stay: tuple[str, ...] = ()
-
-
-class Value(NamedTuple):
-    """One target of a quantization: a fill, what it is written as, and why.
-
-    Attributes:
-        fill: the matrix or other tensor in full precision, or as stored where it is copied.
-        format: what it is encoded in; None for as it is, or decoded.
-        parts: the tensors it becomes, with what each is to the format; None for a plain tensor.
-        why: one phrase.
-        dtype: in which it goes to its encoder, or is written.
-        keeps: `bytes` where the source's tensors are copied, `codes` where their values are taken, not decoded.
-        inside: where each part lies in a tensor that holds those of several matrices; empty where it has its own.
-    """
-
-    fill: Fill
-    format: Format | None
-    parts: tuple[tuple[Spec, StoredPart | None], ...]
-    why: str
-    dtype: str
-    keeps: str = ""
-    inside: tuple[Inside, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the matrix, or of what is copied, in full precision."""
-        target, block = self.fill.target, self.fill.block
-        return target.nbytes if block == target.shape else target._replace(shape=block).nbytes
-
-    @property
-    def targets(self) -> tuple[Spec, ...]:
-        """The tensors that it is written to."""
-        if self.inside:
-            return tuple([inside.whole for inside in self.inside])
-        return tuple([spec for spec, _ in self.parts])
-
-    @property
-    def source(self) -> Encoded | None:
-        """How the source stores it, where that is quantized."""
-        return self.fill.moves[0].source.encoded if self.fill.moves else None
-
-    @property
-    def is_plain(self) -> bool:
-        """Its bytes are moved and not changed."""
-        return self.format is None and self.source is None
 
 
 class Memory(NamedTuple):
@@ -249,8 +204,10 @@ def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | Non
 
     @cache
     def make_tasks() -> tuple[Task, ...]:
-        steps: list[Step] = [step for fill in fills for step in steps_of(fill, places[fill.target.name])]
-        steps += [Copy(tensor.file, tensor.offset, *places[tensor.spec.name], tensor.spec.nbytes) for tensor in copied]
+        steps: list[Step] = [step for fill in fills for step in steps_of(fill, places()[fill.target.name])]
+        steps += [
+            Copy(tensor.file, tensor.offset, *places()[tensor.spec.name], tensor.spec.nbytes) for tensor in copied
+        ]
         return tasks_of(steps, [file.path for file in files])
 
     rearranges = any(move.route.run is None for fill in fills for move in fill.moves)
@@ -293,7 +250,7 @@ def _is_already(unit: Unit, layout: str) -> bool:
 
 def _target_problems(changes: Sequence[Change], copied: Sequence[StoredTensor], fills: Sequence[Fill]) -> list[Problem]:
     problems: list[Problem] = []
-    names: dict[str, str] = {tensor.spec.name: "copied as it is" for tensor in copied}
+    names: dict[str, str] = {tensor.spec.name: "copied as it is" for tensor in copied} if changes else {}
     for made in changes:
         for spec in made.targets:
             if spec.name in names:

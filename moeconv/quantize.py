@@ -16,7 +16,7 @@ from moeconv.budget import transcoding_memory
 from moeconv.checkpoint import Checkpoint, LeftOut
 from moeconv.config_json import MODELOPT_SETTINGS, Group, groups_of, rewritten
 from moeconv.encoded import STATIC_SCALES, decoded_view
-from moeconv.engines import KEPT, MIXED, format_readings, readings
+from moeconv.engines import KEPT, MIXED, Reading, format_readings, readings
 from moeconv.errors import PlanError, Problem
 from moeconv.formats import FLOATS, Probe
 from moeconv.fused import torn_matrices
@@ -28,7 +28,6 @@ from moeconv.plan import (
     NAME_BYTES,
     Options,
     Plan,
-    Value,
     fingerprint_of,
     jobs_of,
     reader_warnings,
@@ -40,11 +39,11 @@ from moeconv.scheme import Decider, Decision, Scheme
 from moeconv.shards import place_specs
 from moeconv.steps import Step, Task, tasks_of
 from moeconv.tensors import Spec
-from moeconv.transcodes import is_same, kept, parts_of, value_steps
+from moeconv.transcodes import ANYWHERE, value_steps
 from moeconv.units import Unit
 from moeconv.unpacked import unpacked_view
+from moeconv.values import WEIGHT, Fates, Value, alike, is_layer, is_matrix, is_same, nbytes_of
 
-WEIGHT = ".weight"
 _STACK = "several matrices in one tensor, which the recipe does not name"
 
 
@@ -103,6 +102,10 @@ def plan_dequantize(
     return _Planner(source, recipe, scheme, options or Options()).plan()
 
 
+#: Values with one fate.
+Kind = Sequence[Value]
+
+
 class _Planner:
     def __init__(self, source: Checkpoint, recipe: Recipe, scheme: Scheme, options: Options) -> None:
         self.stored = source
@@ -111,6 +114,7 @@ class _Planner:
         self.options = options
         self.problems: list[Problem] = []
         self.refused: dict[str, list[str]] = {}
+        self.fates = Fates(scheme.dtype)
         self.every: tuple[Value, ...] = ()
         self.blocks: dict[str, str] = {}
         self.quantizes = scheme.default is not None or any(rule.format for rule in scheme.rules)
@@ -147,49 +151,51 @@ class _Planner:
         fills += [copy_of(tensor) for tensor in found.rest]
         values = self._values(fills, experts, [(unit.block, names) for unit, names in stacks])
         values = joined_values(values, self.source, self.recipe, self.problems)
-        groups = groups_of((_module(value.fill.target), value.format) for value in values if value.format)
+        kinds = alike(values)
+        groups = groups_of((kind[0].format, _modules(kind)) for kind in kinds if kind[0].format)
         shared = self._shared(values)
         self._check(values, groups, experts, bool(found.units))
         if self.problems:
             raise PlanError.of(self.problems)
         if isinstance(self.scheme.default, Probe):
             self.every, values = tuple(values), [value for value in values if value.format is not None]
+            kinds = [kind for kind in kinds if kind[0].format is not None]
             self.source = self.source._replace(sidecars=())
-        files, places, index = place_specs(_groups_of_targets(values), self.source, self.options.max_shard_nbytes)
+        targets = _groups_of_targets(values, kinds)
+        files, places, index = place_specs(targets, self.source, self.options.max_shard_nbytes)
 
         @cache
         def make_tasks() -> tuple[Task, ...]:
-            steps = [step for value in values for step in self._steps(value, places, shared)]
+            steps = [step for value in values for step in self._steps(value, places(), shared)]
             return tasks_of(steps, [file.path for file in files])
 
-        # One of each kind tells what the run needs: a model has some hundred thousand matrices of few kinds.
-        kinds = {_kind(value): value for value in values}
-        examples = [step for value in kinds.values() for step in self._steps(value, places, shared)]
         jobs = jobs_of(files, make_tasks, self.options)
-        config = {} if isinstance(self.scheme.default, Probe) else self._config(values, groups)
-        layout = "experts" if changes or not self.quantizes else self._layout(kept)
-        joint = next((v.format.layout_recipe for v in values if v.inside and v.format), None)
-        recipe = load_recipe(joint) if joint else self.recipe  # of the result
-        layout = "packed" if joint else layout
-        formats = sorted({group.format.name for group in groups})
-        of_experts = [v for v in values if v.fill.target.name in experts and _is_matrix(v.fill.target)]
-        is_mixed = len(groups_of((v.fill.target.name, v.format) for v in of_experts if v.format)) > 1
-        has_kept = len({v.format is None for v in of_experts}) > 1
-        conditions = [MIXED] * is_mixed + [KEPT] * has_kept
-        if formats:
-            readers = format_readings(self.stored.config, formats, conditions)
-        elif self.quantizes or any(unit.component.form for unit in kept):
-            readers = ()
-        else:
-            shapes = [tensor.spec.shape for unit in kept for tensor in unit.tensors()]
-            readers = readings(self.recipe, self.stored.config, self._layout(kept), shapes)
+        examples = [step for value in _examples(kinds) for step in self._steps(value, ANYWHERE, shared)]
         names = len(self.stored.tensors) + sum(len(file.specs) for file in files)
-        warnings = [*source_warnings(self.source, changes), *self._warnings(values), *reader_warnings(readers)]
+        memory = transcoding_memory(examples, names * NAME_BYTES, jobs, self.options)
+        config = {} if isinstance(self.scheme.default, Probe) else self._config(kinds, groups)
+        joint = next((value.format.layout_recipe for value in values if value.inside and value.format), None)
+        recipe = load_recipe(joint) if joint else self.recipe  # of the result
+        layout = "packed" if joint else "experts" if changes or not self.quantizes else self._layout(kept)
+        readers = self._readers(kinds, groups, kept)
+        warnings = [*source_warnings(self.source, changes), *self._warnings(kinds), *reader_warnings(readers)]
         return Plan(
             self.source, recipe, layout, self.options, tuple(changes), tuple(kept), found.rest, files, index,
-            make_tasks, transcoding_memory(examples, names * NAME_BYTES, jobs, self.options), readers,
-            tuple(warnings), self._fingerprint(), self.scheme, tuple(values), config,
+            make_tasks, memory, readers, tuple(warnings), self._fingerprint(), self.scheme, tuple(values), config,
         )  # fmt: skip
+
+    def _readers(self, kinds: Sequence[Kind], groups: Sequence[Group], kept: Sequence[Unit]) -> tuple[Reading, ...]:
+        """Which engines read the result."""
+        if groups:
+            of_experts = [kind[0].format for kind in kinds if kind[0].fate.is_expert]
+            is_mixed = len(groups_of((made, ()) for made in of_experts if made)) > 1
+            has_kept = len({made is None for made in of_experts}) > 1
+            conditions = [MIXED] * is_mixed + [KEPT] * has_kept
+            return format_readings(self.stored.config, sorted({group.format.name for group in groups}), conditions)
+        if self.quantizes or any(unit.component.form for unit in kept):
+            return ()
+        shapes = [tensor.spec.shape for unit in kept for tensor in unit.tensors()]
+        return readings(self.recipe, self.stored.config, self._layout(kept), shapes)
 
     def _layout(self, kept: Sequence[Unit]) -> str:
         return kept[0].layout if kept else self.recipe.layouts[0]
@@ -207,7 +213,7 @@ class _Planner:
             elif (made := change(unit, goal, self.recipe, self.problems)) is not None:
                 moving.append(made)
         # A router moves with its experts. All matrices are asked, so that every rule that names one counts as used.
-        asked = [(made.unit.block, spec) for made in moving for spec in made.targets if _is_matrix(spec)]
+        asked = [(made.unit.block, spec) for made in moving for spec in made.targets if is_matrix(spec)]
         named = [(block, self.decider.decide(_module(spec), is_expert=True)) for block, spec in asked]
         quantized = {block for block, decision in named if decision.format}
         for made in moving:
@@ -231,19 +237,24 @@ class _Planner:
         ]
         self._keep_together(decisions, {fill.target.name: fill for fill in fills})
         self._check_experts(decisions, stacks)
-        return [self._value(fill, decisions[fill.target.name]) for fill in fills]
+        made, torn = self.fates.value, self.torn
+        names = [fill.target.name for fill in fills]
+        return [
+            made(fill, decisions[name], is_expert=name in experts, is_torn=name in torn)
+            for name, fill in zip(names, fills, strict=True)
+        ]
 
     def _decide(self, fill: Fill, is_expert: bool) -> Decision:
         spec = fill.target
         if not self.quantizes:
             return Decision(None, "not quantized")
-        if not _is_matrix(spec):
+        if not is_matrix(spec):
             is_stack = spec.dtype in FLOATS and len(spec.shape) == 3 and self.decider.kept(_module(spec)) is None
             return Decision(None, _STACK if is_stack else "no matrix of full precision")
         decision = self.decider.decide(_module(spec), is_expert=is_expert)
         if decision.format is None:
             return decision
-        refused = decision.format.refusal(spec.shape, self._dtype(fill))
+        refused = decision.format.refusal(spec.shape, self.fates.dtype(spec.dtype))
         if refused is None:
             return decision
         if is_expert or decision.is_named:
@@ -314,39 +325,14 @@ class _Planner:
                     )
                 )
 
-    def _dtype(self, fill: Fill) -> str:
-        """The dtype in which a matrix goes to its encoder."""
-        dtype = fill.target.dtype
-        return self.scheme.dtype if self.scheme.dtype is not None and dtype == "F32" else dtype
-
-    def _value(self, fill: Fill, decision: Decision) -> Value:
-        spec = fill.target
-        made = decision.format
-        stored = fill.moves[0].source.encoded if fill.moves else None
-        keeps = kept(stored, made, self._dtype(fill)) if spec.name not in self.torn else ""
-        if stored is not None and made is not None and keeps == "bytes":
-            parts = tuple((tensor.spec, None) for tensor in stored.parts.values())
-            return Value(fill, made, parts, f"{made.name} already; copied byte for byte", self._dtype(fill), keeps)
-        if made is None:
-            why = decision.why if stored is None else f"decoded from {stored.format.name}"
-            return Value(fill, None, ((spec, None),), why, self._dtype(fill))
-        why = f"{stored.format.name} with the same codes" if stored is not None and keeps else decision.why
-        head = _module(spec)
-        parts_ = parts_of(made, spec.shape, self._dtype(fill))
-        targets = tuple([(Spec(f"{head}.{p.suffix}", p.dtype, p.shape), p) for p in parts_])
-        return Value(fill, made, targets, why, self._dtype(fill), keeps)
-
     def _check(self, values: Sequence[Value], groups: Sequence[Group], experts: set[str], has_units: bool) -> None:
-        names: set[str] = set()
-        for value in values:
-            for spec, _ in value.parts:
-                if spec.name in names and value.fill.block == value.fill.target.shape:
-                    self.problems.append(
-                        Problem(
-                            f"two sources for the one target {spec.name}", "Remove the one that is not the model's."
-                        )
-                    )
-                names.add(spec.name)
+        whole = Counter([spec.name for value in values if not value.fate.is_piece for spec in value.specs])
+        pieces = {spec.name for value in values if value.fate.is_piece for spec in value.specs}
+        self.problems += [
+            Problem(f"two sources for the one target {name}", "Remove the one that is not the model's.")
+            for name in (whole if pieces or len(whole) < whole.total() else ())
+            if whole[name] > 1 or name in pieces
+        ]
         if not self.quantizes:
             if not self.problems and not any(value.source for value in values):
                 self.problems.append(Problem(f"{self.stored.root} is not quantized", "There is nothing to do."))
@@ -382,7 +368,7 @@ class _Planner:
         shared = {}
         for module, value in named.items():
             partners = [named[p] for p in self.decider.partners(module) if p in named] or [value]
-            copied = [v.fill.target.name for v in partners if v.keeps]
+            copied = [v.fill.target.name for v in partners if v.fate.keeps]
             shared[value.fill.target.name] = () if len(copied) == len(partners) else tuple(partners)
             if copied and len(copied) < len(partners) and value is partners[0]:
                 self.problems.append(
@@ -402,18 +388,21 @@ class _Planner:
         before = fingerprint_of(self.stored, self.recipe, "quantize", self.options)
         return hashlib.sha256(f"{before} {self.scheme.text}".encode()).hexdigest()
 
-    def _warnings(self, values: Sequence[Value]) -> list[str]:
+    def _warnings(self, kinds: Sequence[Kind]) -> list[str]:
         lines = []
         static = [name for name in self.stored.tensors if name.endswith(STATIC_SCALES)]
         if static and not any(name in self.source.tensors for name in static):
             lines.append(f"{len(static):,} static scales for activations are dropped: no format here keeps them")
         if not self.quantizes:
             is_taken_apart = any(tensor.inside is not None for tensor in self.source.tensors.values()) or any(
-                part.inside is not None for value in values if value.source for part in value.source.parts.values()
+                part.inside is not None
+                for kind in kinds
+                for stored in [value.source for value in kind if kind[0].fate.decoder]
+                for part in (stored.parts.values() if stored else ())
             )
             return [*lines, "experts are written one by one: `moeconv pack` joins them"] if is_taken_apart else lines
-        whole = sum(value.nbytes for value in values)
-        plain = sum(value.nbytes for value in values if value.format is None)
+        whole = nbytes_of(kinds)
+        plain = nbytes_of([kind for kind in kinds if kind[0].format is None])
         if plain * 4 > whole:
             lines.append(f"{100 * plain // whole} % of the bytes stay unquantized")
         if self.torn:
@@ -421,23 +410,30 @@ class _Planner:
                 f"{len(self.torn):,} matrices have another scale for the whole than those that engines fuse with them, "
                 f"such as {min(self.torn, key=natural_key)}: they are encoded anew"
             )
-        unsearched = [value for value in values if value.keeps and getattr(value.format, "search", "amax") != "amax"]
+        fates = [(kind[0].fate, kind) for kind in kinds]
+        unsearched = sum(
+            len(kind) for fate, kind in fates if fate.keeps and getattr(fate.format, "search", "amax") != "amax"
+        )
         if unsearched:
-            lines.append(f"{len(unsearched):,} matrices keep their codes, so that --scale chooses nothing for them")
+            lines.append(f"{unsearched:,} matrices keep their codes, so that --scale chooses nothing for them")
         unknown = [
-            value.fill.target.name for value in values if value.format is None and value.why.startswith("not known")
+            value.fill.target.name
+            for fate, kind in fates
+            if fate.format is None and fate.why.startswith("not known")
+            for value in kind
         ]
         if unknown:
             lines.append(f"kept because they are not known as linear layers: {', '.join(collapse(unknown)[:6])}")
-        stacks = [value.fill.target.name for value in values if value.why == _STACK]
+        stacks = [value.fill.target.name for fate, kind in fates if fate.why == _STACK for value in kind]
         if stacks:
             lines.append(f"kept because the recipe does not know these stacks: {', '.join(collapse(stacks)[:6])}")
         return lines
 
-    def _config(self, values: Sequence[Value], groups: Sequence[Group]) -> dict[str, bytes]:
-        kept = [_module(v.fill.target) for v in values if v.format is None and _is_layer(v.fill.target)]
-        is_cast = any(value.source or self._dtype(value.fill) != value.fill.target.dtype for value in values)
-        is_copied = any(value.keeps == "bytes" for value in values)
+    def _config(self, kinds: Sequence[Kind], groups: Sequence[Group]) -> dict[str, bytes]:
+        plain = [value.fill.target for kind in kinds if kind[0].format is None for value in kind]
+        kept = [_module(spec) for spec in plain if is_layer(spec)]
+        is_cast = any(kind[0].fate.decoder or kind[0].fate.dtype != kind[0].fill.target.dtype for kind in kinds)
+        is_copied = any(kind[0].fate.keeps == "bytes" for kind in kinds)
         carried = ("scale_fmt",) if is_copied else ()  # how engines treat the scales that stay as they are
         return rewritten(self.stored.config, groups, kept, self.scheme.dtype if is_cast else None, carried)
 
@@ -454,27 +450,24 @@ def _without_stale_files(source: Checkpoint) -> Checkpoint:
     )
 
 
-def _groups_of_targets(values: Sequence[Value]) -> list[tuple[Spec, ...]]:
+def _groups_of_targets(values: Sequence[Value], kinds: Sequence[Kind]) -> list[tuple[Spec, ...]]:
     """Target tensors that go into one file together, each once also where several matrices lie in it."""
-    groups = [value.targets for value in values]
-    is_joint = any(value.fill.block != value.fill.target.shape or value.inside for value in values)
-    return list(dict.fromkeys(groups)) if is_joint else groups
+    if any(kind[0].fate.is_piece or any(value.inside for value in kind) for kind in kinds):
+        return list(dict.fromkeys(value.targets for value in values))
+    return [value.specs for value in values]
 
 
-def _kind(value: Value) -> tuple[object, ...]:
-    """Values of one kind need the same memory."""
-    routes = tuple([id(move.route) for move in value.fill.moves])
-    source = value.source and id(value.source.format)
-    return value.keeps, id(value.format), source, value.fill.target.dtype, value.fill.target.shape, routes
+def _examples(kinds: Sequence[Kind]) -> list[Value]:
+    """One for each way to read a matrix: they tell what memory a run needs."""
+    return [
+        value
+        for kind in kinds
+        for value in {tuple([id(move.route) for move in value.fill.moves]): value for value in kind}.values()
+    ]
 
 
-def _is_layer(spec: Spec) -> bool:
-    """A tensor that engines may hold in a linear layer."""
-    return spec.name.endswith(WEIGHT) and len(spec.shape) == 2
-
-
-def _is_matrix(spec: Spec) -> bool:
-    return _is_layer(spec) and spec.dtype in FLOATS
+def _modules(kind: Kind) -> list[str]:
+    return [value.fill.target.name.removesuffix(WEIGHT) for value in kind]
 
 
 def _module(spec: Spec) -> str:

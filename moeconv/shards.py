@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from moeconv.checkpoint import SINGLE, Checkpoint
-from moeconv.header import build_header, entry_nbytes, head_nbytes, in_file_order
+from moeconv.header import build_header, head_nbytes, in_file_order, stored_nbytes
 from moeconv.names import natural_key
 from moeconv.tensors import Spec
 
@@ -28,10 +29,14 @@ class TargetFile(NamedTuple):
         return self.nbytes - len(self.head)
 
 
+#: File number and byte offset of every target tensor.
+Places = Mapping[str, tuple[int, int]]
+
+
 def place_specs(
     groups: Sequence[tuple[Spec, ...]], source: Checkpoint, limit: int
-) -> tuple[tuple[TargetFile, ...], dict[str, tuple[int, int]], bytes]:
-    """Files, the place of every target tensor (file number, byte offset), and the index.
+) -> tuple[tuple[TargetFile, ...], Callable[[], Places], bytes]:
+    """Files, the places of all target tensors, made once they are asked for, and the index.
 
     Args:
         groups: tensors that go into one file together; nearly always one tensor.
@@ -42,15 +47,24 @@ def place_specs(
     metadata = _metadata(source)
     shards = _shards(ordered, metadata, limit)
     files: list[TargetFile] = []
-    places: dict[str, tuple[int, int]] = {}
+    starts: list[list[int]] = []
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards):
         path = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         specs = in_file_order(shard)
-        head, starts, nbytes = build_header(specs, metadata)
-        places.update({name: (number, start) for name, start in starts.items()})
+        head, offsets, nbytes = build_header(specs, metadata)
+        starts.append(offsets)
         weight_map.update(dict.fromkeys([spec.name for spec in shard], path))
         files.append(TargetFile(path, head, nbytes, tuple(specs)))
+
+    @cache
+    def places() -> Places:
+        return {
+            spec.name: (number, offset)
+            for number, (file, offsets) in enumerate(zip(files, starts, strict=True))
+            for spec, offset in zip(file.specs, offsets, strict=True)
+        }
+
     if len(files) == 1:
         return tuple(files), places, b""
     total = sum(file.data_nbytes for file in files)
@@ -69,7 +83,7 @@ def _shards(groups: Sequence[tuple[Spec, ...]], metadata: Mapping[str, str], lim
 
     Even files let every worker write to one of its own until the end.
     """
-    ends = list(accumulate(sum([spec.nbytes + entry_nbytes(spec) for spec in group]) for group in groups))
+    ends = list(accumulate(map(stored_nbytes, groups)))
     most = max(1, limit - head_nbytes(metadata, limit))
     wanted = len(_cut(ends, most))
     low, high = min(ends[-1] // wanted, most), most

@@ -20,11 +20,10 @@ from moeconv.errors import PlanError
 from moeconv.explain import size
 from moeconv.files import Files
 from moeconv.formats import Format
-from moeconv.header import entry_nbytes
+from moeconv.header import stored_nbytes
 from moeconv.names import natural_key
-from moeconv.plan import Value
 from moeconv.tensors import Spec
-from moeconv.transcodes import kept, parts_of
+from moeconv.values import Value, kept, parts_of
 
 _WEIGHT = ".weight"
 #: Sizes are counted in so many steps of the room that there is.
@@ -102,7 +101,7 @@ def components(
         group = grouped[key]
         modules = [value.fill.target.name.removesuffix(_WEIGHT) for value in group]
         options = [_option(group, modules, made_, number, found) for number, made_ in enumerate(formats)]
-        whole = Option(None, _nbytes([value.fill.target for value in group]), 0.0)
+        whole = Option(None, stored_nbytes([value.fill.target for value in group]), 0.0)
         fitting = [option for option in options if option.error < inf]
         made.append(Component(tuple(modules), tuple(_patterns(modules, everything)), (*fitting, whole)))
     return made
@@ -117,18 +116,14 @@ def _option(
     specs: list[Spec] = []
     for value, module in zip(group, modules, strict=True):
         shape = value.fill.target.shape
-        specs += [Spec(f"{module}.{p.suffix}", p.dtype, p.shape) for p in parts_of(made, shape, value.dtype)]
+        specs += [Spec(f"{module}.{p.suffix}", p.dtype, p.shape) for p in parts_of(made, shape, value.fate.dtype)]
         of_module, norm = found[module]
         projection = module.rpartition(".")[2]
-        lost = 0.0 if kept(value.source, made, value.dtype) else of_module[number]
+        lost = 0.0 if kept(value.source, made, value.fate.dtype) else of_module[number]
         errors[projection] = errors.get(projection, 0.0) + lost
         norms[projection] = norms.get(projection, 0.0) + norm
     error = sum(errors[key] / norms[key] for key in errors if norms[key])
-    return Option(made, _nbytes(specs), inf if inf in errors.values() else error)
-
-
-def _nbytes(specs: Sequence[Spec]) -> int:
-    return sum(spec.nbytes + entry_nbytes(spec) for spec in specs)
+    return Option(made, stored_nbytes(specs), inf if inf in errors.values() else error)
 
 
 def _patterns(modules: Sequence[str], everything: Sequence[str]) -> list[str]:

@@ -36,8 +36,8 @@ def unknown_experts(
     That is what stands below `.experts.ID.`, whatever has more than two axes below `.experts.`, and scales, biases
     and the like that are named after a tensor which moves.
     """
-    stems = {
-        tensor.spec.name.removesuffix(".weight")
+    moving = {
+        tensor.spec.name
         for unit in units
         for rule, hits in unit.hits
         if any(part in recipe.part_ids for part in parts_of(rule.value))
@@ -47,7 +47,9 @@ def unknown_experts(
     for tensor in rest:
         name = tensor.spec.name
         is_expert = _EXPERT.search(name) or (".experts." in name and len(tensor.spec.shape) > 2)
-        if is_expert or (_COMPANION.search(name) and any(name[:end] in stems for end in _ends(name))):
+        if is_expert or (
+            _COMPANION.search(name) and any(stem in moving or f"{stem}.weight" in moving for stem in _stems(name))
+        ):
             odd.setdefault(template_of(name), []).append(tensor)
     return [
         Problem(
@@ -134,6 +136,6 @@ def _codes(unit: Unit, recipe: Recipe) -> Iterator[StoredTensor]:
             yield from (tensor for tensor in hits.values() if tensor.spec.dtype not in FULL_PRECISION)
 
 
-def _ends(name: str) -> Iterator[int]:
-    """Where a stem of `name` may end: before a dot or an underscore."""
-    return (at for at in range(1, len(name)) if name[at] in "._")
+def _stems(name: str) -> Iterator[str]:
+    """What `name` may be named after: it up to a dot or an underscore."""
+    return (name[:at] for at in range(1, len(name)) if name[at] in "._")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from math import lcm, prod
 
 from moeconv.checkpoint import Encoded, Inside, StoredTensor
-from moeconv.formats import Decoder, Format, GroupFp4, StoredPart
+from moeconv.formats import GroupFp4, StoredPart
 from moeconv.moves import copy_of
-from moeconv.plan import Value
+from moeconv.shards import Places
 from moeconv.steps import Content, Decode, Matrix, Part, Rearrange, Step, Transcode, rearrangement, steps_of
 from moeconv.tensors import DTYPE_BITS, Shape, Spec
+from moeconv.values import Value, parts_of
 
-#: File number and byte offset of every target tensor.
-Places = Mapping[str, tuple[int, int]]
+#: Places for steps that are looked at and not run.
+ANYWHERE: Places = defaultdict(lambda: (0, 0))
 
 
 def value_steps(value: Value, places: Places, allow_nonfinite: bool, sharing: Sequence[Value] = ()) -> Iterator[Step]:
@@ -26,8 +27,8 @@ def value_steps(value: Value, places: Places, allow_nonfinite: bool, sharing: Se
         allow_nonfinite: NaN and infinities count as zero.
         sharing: all values that share a scale with it, itself included.
     """
-    fill, stored = value.fill, value.source
-    if stored is not None and value.keeps == "bytes":
+    fill, fate, stored = value.fill, value.fate, value.source
+    if stored is not None and fate.keeps == "bytes":
         for tensor in stored.parts.values():
             yield from steps_of(copy_of(tensor), places[tensor.spec.name])
         return
@@ -36,7 +37,7 @@ def value_steps(value: Value, places: Places, allow_nonfinite: bool, sharing: Se
         return
     shape = fill.target.shape
     targets = []
-    for number, (spec, part) in enumerate(value.parts):
+    for number, (spec, part) in enumerate(zip(value.specs, fate.parts, strict=True)):
         inside = value.inside[number] if value.inside else None
         place = places[inside.whole.name if inside else spec.name]
         if inside and part:
@@ -46,33 +47,15 @@ def value_steps(value: Value, places: Places, allow_nonfinite: bool, sharing: Se
         elif part.rows:
             targets.append(_part(part, spec, *place))
         else:
-            assert value.format is not None
-            yield Content(*place, value.format.constant(part, shape))
-    read = [other.source.format.row_multiple for other in (*sharing, value) if other.source is not None]
-    multiple = lcm(value.format.row_multiple if value.format is not None else 1, *read)
-    written = sum(spec.nbytes for spec, _ in value.parts)
+            assert fate.format is not None
+            yield Content(*place, fate.format.constant(part, shape))
+    read = [decoder.row_multiple for other in (*sharing, value) if (decoder := other.fate.decoder) is not None]
+    multiple = lcm(fate.format.row_multiple if fate.format is not None else 1, *read)
+    written = sum(spec.nbytes for spec in value.specs)
     yield Transcode(
-        _matrix(value), value.format, tuple(targets), multiple, max(1, written // shape[0]), 0, shape[0],
-        allow_nonfinite, tuple(_matrix(other) for other in sharing), value.keeps == "codes",
+        _matrix(value), fate.format, tuple(targets), multiple, max(1, written // shape[0]), 0, shape[0],
+        allow_nonfinite, tuple(_matrix(other) for other in sharing), fate.keeps == "codes",
     )  # fmt: skip
-
-
-def is_same(one: Decoder | None, other: Decoder | None) -> bool:
-    """Readers are told the same of both, and find the same names; how scales were chosen does not matter to them."""
-    if one is other:
-        return True
-    if type(one) is not type(other) or not isinstance(one, Format) or not isinstance(other, Format):
-        return False
-    return one.settings() == other.settings() and _names(one) == _names(other)
-
-
-def kept(stored: Encoded | None, made: Format | None, dtype: str) -> str:
-    """What of a stored matrix can be kept in a format, as `Value.keeps` has it."""
-    if stored is None or made is None:
-        return ""
-    if is_same(stored.format, made) and not made.layout_recipe:
-        return "bytes"
-    return "codes" if made.takes(stored.format, dtype) else ""
 
 
 def whole_scale(stored: Encoded, shape: Shape) -> tuple[int, int] | None:
@@ -83,21 +66,10 @@ def whole_scale(stored: Encoded, shape: Shape) -> tuple[int, int] | None:
     return part.file, part.offset
 
 
-@cache
-def _names(made: Decoder) -> tuple[str, ...]:
-    return tuple(part.suffix for part in made.parts((1 << 10, 1 << 10), "BF16"))
-
-
-@cache  # a model has few shapes
-def parts_of(made: Decoder, shape: Shape, dtype: str) -> tuple[StoredPart, ...]:
-    """The tensors that a matrix becomes."""
-    return made.parts(shape, dtype)
-
-
 def _matrix(value: Value) -> Matrix:
     target, stored = value.fill.target, value.source
     read: Rearrange | Decode = rearrangement(value.fill, 0, 0) if stored is None else _decode(stored, target.shape)
-    return Matrix(target.name, target.shape, value.dtype, read, target.dtype)
+    return Matrix(target.name, target.shape, value.fate.dtype, read, target.dtype)
 
 
 def _decode(stored: Encoded, shape: Shape) -> Decode:

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -86,6 +88,18 @@ def test_natural_order_is_the_same_from_every_start(names: list[str], random: ob
     shuffled = list(names)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     assert sorted(names, key=natural_key) == sorted(shuffled, key=natural_key)
+
+
+def _by_definition(name: str) -> list[list[tuple[int, int, str]]]:
+    """Segments, each of numbers (by value, then as written) and of text, which comes behind numbers."""
+    parts = [re.findall("[0-9]{1,18}|[^0-9]+", segment) for segment in name.split(".")]
+    return [[(0, int(p), p) if p[0] in "0123456789" else (1, 0, p) for p in segment] for segment in parts]
+
+
+@settings(max_examples=600, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.text("a.019²٣x-_ ", max_size=9) | st.text("a.01", min_size=15, max_size=40), max_size=8))
+def test_natural_order_is_that_of_its_definition(names: list[str]) -> None:
+    assert sorted(names, key=natural_key) == sorted(names, key=_by_definition)
 
 
 def test_natural_order_bears_numbers_of_any_length() -> None:
