@@ -80,7 +80,7 @@ def _plan_dequantize(
 
 def _plan_for_size(
     source: Path, destination: Path, recipe: str | None, layout: str | None, include: Sequence[str] | None,
-    max_shard_size: str, jobs: int | None, max_memory: str | None, target_size: str, formats: str,
+    max_shard_size: str, jobs: int | None, max_memory: str | None, target_size: str, formats: Sequence[str],
     ignore: Sequence[str] | None, only: Sequence[str] | None, group_size: int | None, scale: str | None,
     ue8m0: bool, dtype: str | None, allow_nonfinite: bool, device: str, max_vram: str | None, overwrite: bool,
     pool: Pool | None,
@@ -89,7 +89,9 @@ def _plan_for_size(
     from moeconv.target import Wanted, parse_formats, plan_for_size
 
     given = {"group_size": group_size, "search": scale, "ue8m0": ue8m0 or None}
-    parsed, notes = parse_formats(formats, {name: value for name, value in given.items() if value is not None})
+    parsed, notes = parse_formats(
+        ",".join(formats), {name: value for name, value in given.items() if value is not None}
+    )
     for note in notes:
         print(f"moeconv: warning: {note}", file=sys.stderr)
     checkpoint, found, options = open_source(
@@ -97,7 +99,8 @@ def _plan_for_size(
     )  # fmt: skip
     wanted = Wanted(
         parse_size(target_size, "--target-size"), parsed, tuple(ignore or ()), tuple(only or ()), parse_dtype(dtype),
-        allow_nonfinite, recipe,
+        allow_nonfinite, str(Path(recipe).resolve()) if recipe and Path(recipe).is_file() else recipe,
+        tuple(sys.argv[1:]),
     )  # fmt: skip
 
     def measure(plan: Plan, folder: Path) -> None:
@@ -126,8 +129,8 @@ def quantize(
     from moeconv.writer import check_destination
 
     check_destination(source, destination)
-    if target_size is not None or formats is not None:
-        if target_size is None or formats is None or format_ is not None:
+    if target_size is not None or formats:
+        if target_size is None or not formats or format_ is not None:
             raise UsageError("--target-size and --formats go together, and without --format", "Write both, or neither.")
         with start_pool(jobs, device) as pool:
             made, measured = _plan_for_size(

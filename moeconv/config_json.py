@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from moeconv import __version__
 from moeconv.checkpoint import CONFIG
-from moeconv.encoded import CONFIG_DTYPES, quantization_config
+from moeconv.encoded import CONFIG_DTYPES, MODELOPT_SETTINGS, quantization_config
 from moeconv.formats import Format
 
 
@@ -31,8 +31,8 @@ def groups_of(formats: Iterable[tuple[Format, Iterable[str]]]) -> list[Group]:
     return [Group(made, tuple(modules)) for made, modules in found.values()]
 
 
-#: Where ModelOpt says how a checkpoint is quantized, beside config.json or instead of it.
-MODELOPT_SETTINGS = "hf_quant_config.json"
+#: Keys of config.json that say how the checkpoint was quantized.
+_OF_QUANTIZATION = ("quantization_config", "compression_config", "expert_dtype")
 
 
 def rewritten(
@@ -54,9 +54,12 @@ def rewritten(
     if not config:
         return {}
     made = json.loads(json.dumps(config))
+    has_dtype = "expert_dtype" in {**quantization_config(config), **config}
     for holder in (made, *(value for value in made.values() if isinstance(value, dict))):
-        for key in ("quantization_config", "compression_config"):
+        for key in _OF_QUANTIZATION:
             holder.pop(key, None)
+    if has_dtype and groups and groups[0].format.quant_method == "fp8":
+        made["expert_dtype"] = "fp8"  # where nothing is said, readers take "fp4"
     if groups:
         before = {key: value for key, value in quantization_config(config).items() if key in carried}
         made["quantization_config"] = {**before, **_quantization_config(groups, sorted(set(kept)))}
@@ -92,8 +95,7 @@ def _quantization_config(groups: Sequence[Group], kept: Sequence[str]) -> dict[s
             "quant_method": "modelopt",
             "quant_algo": settings["quant_algo"],
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": settings["weights"]}},
-            # Readers take lm_head for a linear layer also where it is the embedding and no tensor has its name.
-            "ignore": sorted({*kept, *({"lm_head"} - set(groups[0].modules))}),
+            "ignore": _ignored(groups, kept),
             "producer": {"name": "moeconv", "version": __version__},
         }
     targets = [["Linear"]] if len(groups) == 1 else _targets([group.modules for group in groups])
@@ -112,22 +114,28 @@ def _quantization_config(groups: Sequence[Group], kept: Sequence[str]) -> dict[s
         "quant_method": "compressed-tensors",
         "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "ignore": list(kept),
+        "ignore": _ignored(groups, kept),
         "config_groups": said,
     }
+
+
+def _ignored(groups: Sequence[Group], kept: Sequence[str]) -> list[str]:
+    """Kept modules. Readers take lm_head for a linear layer also where it is the embedding, without a tensor."""
+    return sorted({*kept, *({"lm_head"}.difference(*(group.modules for group in groups)))})
 
 
 def _targets(groups: Sequence[Sequence[str]]) -> list[list[str]]:
     """Regular expressions for the modules of each group that name no module of another.
 
-    A number stands for all numbers where that is so, else the first one (the layer) for itself, else every one.
+    Engines put words of their own before the layers of a model that has other parts, so the names begin there where
+    that is enough. A number stands for all numbers, else the first one (the layer) for itself, else every one.
     """
-    levels = (0, 1, sys.maxsize)
-    taken = [Counter(form for modules in groups for form in {_form(m, level) for m in modules}) for level in levels]
+    ways = [(is_whole, fixed) for is_whole in (False, True) for fixed in (0, 1, sys.maxsize)]
+    taken = [Counter(form for modules in groups for form in {_form(m, *way) for m in modules}) for way in ways]
     return [
         sorted(
             {
-                next(form for level, forms in zip(levels, taken, strict=True) if forms[form := _form(m, level)] == 1)
+                next(form for way, forms in zip(ways, taken, strict=True) if forms[form := _form(m, *way)] == 1)
                 for m in modules
             }
         )
@@ -135,8 +143,11 @@ def _targets(groups: Sequence[Sequence[str]]) -> list[list[str]]:
     ]
 
 
-def _form(module: str, fixed: int) -> str:
+def _form(module: str, is_whole: bool, fixed: int) -> str:
     """A module's name as a regular expression in which all numbers but the first `fixed` ones are free."""
     words = module.split(".")
-    free = [at for at, word in enumerate(words) if word.isdecimal()][fixed:]
-    return "re:^" + r"\.".join(r"\d+" if at in free else re.escape(word) for at, word in enumerate(words)) + "$"
+    numbers = [at for at, word in enumerate(words) if word.isdecimal()]
+    start = 0 if is_whole or not numbers else max(0, numbers[0] - 1)
+    free = numbers[fixed:]
+    name = r"\.".join(r"\d+" if at in free else re.escape(word) for at, word in enumerate(words) if at >= start)
+    return ("re:^" if start == 0 else r"re:^(?:.*\.)?") + name + "$"

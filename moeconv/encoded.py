@@ -12,7 +12,7 @@ from functools import cache
 from math import prod
 from typing import Any
 
-from moeconv.checkpoint import Checkpoint, Encoded, StoredTensor
+from moeconv.checkpoint import CONFIG, Checkpoint, Encoded, StoredTensor
 from moeconv.errors import Problem
 from moeconv.formats import (
     FLOATS,
@@ -31,6 +31,9 @@ from moeconv.formats import (
 )  # fmt: skip
 from moeconv.tensors import Shape, Spec
 
+#: Files beside config.json that say how the matrices are quantized.
+MODELOPT_SETTINGS = "hf_quant_config.json"
+SETTINGS = (MODELOPT_SETTINGS, "quantize_config.json", "quant_config.json")
 #: Names of dtypes in config.json.
 CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _EXPONENTS = ("F8_E8M0", "U8")
@@ -66,7 +69,7 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
     """
     quantization = quantization_config(source.config)
     method = str(quantization.get("quant_method", "")).lower()
-    if method not in ("", "fp8", "compressed-tensors", "mxfp4", "modelopt", *_COLUMN_METHODS):
+    if method not in ("", "fp8", "mxfp8", "compressed-tensors", "mxfp4", "modelopt", *_COLUMN_METHODS):
         problems.append(
             Problem(
                 f"{source.root} is quantized as {method!r}, which cannot be decoded yet",
@@ -74,7 +77,13 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
             )
         )
         return source
+    problems += [
+        Problem(f"{source.root / CONFIG} says that {what} ({key})", "Start from the checkpoint in full precision.")
+        for key, what in _ALTERED.items()
+        if isinstance(said := quantization.get(key), Mapping) and said and said.get("format") != "dense"
+    ]
     modules, tensors = _by_module(source.tensors)
+    is_quantized = bool(quantization) or any(file.path in SETTINGS for file in source.sidecars)
     usual = model_dtype(source.config)
     groups = _groups(quantization)
     schemes = _schemes(groups, "")
@@ -91,7 +100,6 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
             found = _format_of(parts, quantization, schemes)
             if isinstance(found, str):
                 problems.append(Problem(f"{module}: {found}", "Start from the checkpoint in full precision."))
-                tensors.update({tensor.spec.name: tensor for tensor in beside.values()})
                 continue
             known[kind] = found[0], dtype or _scale_dtype(parts) or usual, found[1]
         shape, dtype_, made = known[kind]
@@ -106,7 +114,14 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
         spec = Spec(f"{module}.weight", dtype_, shape)
         tensors[spec.name] = StoredTensor(spec, first.file, first.offset, Encoded(made, parts))
     for tensor in tensors.values():
-        if tensor.encoded is None and _is_bare(tensor.spec, bool(quantization)):
+        if known and tensor.spec.name.endswith(_BESIDE):
+            problems.append(
+                Problem(
+                    f"{tensor.spec.name} changes what quantized matrices mean, in a way that cannot be decoded yet",
+                    "Start from the checkpoint in full precision.",
+                )
+            )
+        if tensor.encoded is None and _is_bare(tensor.spec, is_quantized):
             problems.append(
                 Problem(
                     f"{tensor.spec} has no scales that are known here",
@@ -156,6 +171,11 @@ def _scale_dtype(parts: Mapping[str, StoredTensor]) -> str | None:
     return scale.spec.dtype if scale is not None and scale.spec.dtype in ("BF16", "F16") else None
 
 
+#: What compressed-tensors does to weights beside quantizing them, none of which can be undone here.
+_ALTERED = {
+    "transform_config": "weights are rotated, and inputs have to be where the model runs",
+    "sparsity_config": "weights are stored sparse",
+}
 _SUFFIXES = (
     "weight", "weight_packed", "weight_blocks", "weight_scale_inv", "weight_scale", "weight_scales", "scale",
     "weight_zero_point", "weight_shape", "weight_global_scale", "weight_scale_2",
@@ -163,18 +183,23 @@ _SUFFIXES = (
 )  # fmt: skip
 #: Methods whose matrices have their input axis first.
 _COLUMN_METHODS = ("awq", "gptq", "auto-round", "auto_round", "intel/auto-round")
+#: What `checkpoint_format` and `packing_format` call zero points that are stored less one, and as they are.
+_FIRST_ZEROS = ("gptq", "auto_round:auto_gptq")
+_TRUE_ZEROS = ("gptq_v2", "", "auto_round", "auto_round:gptqmodel")
 #: What can stand beside codes and change their meaning: a factor for each column, and the order of columns.
-_FOREIGN = ("pre_quant_scale", "weight_g_idx", "g_idx")
+_FOREIGN = ("pre_quant_scale", "weight_g_idx", "g_idx", "svdquant_lora_a", "svdquant_lora_b")
+#: The same under names that need not begin with the matrix' module.
+_BESIDE = ("._pre_quant_scale", ".smooth_scale")
 #: Scales for activations that were measured; nothing that decodes a matrix needs them.
 STATIC_SCALES = (".input_scale", ".input_global_scale")
 _WORDS = frozenset((*_SUFFIXES, *_FOREIGN, *(suffix[1:] for suffix in STATIC_SCALES)))
 
 
 def _is_bare(spec: Spec, is_quantized: bool) -> bool:
-    """Codes that were not decoded with the others."""
+    """Codes that were not decoded with the others, or what is left of such a matrix."""
     if len(spec.shape) < 2:
         return False
-    is_weight = spec.name.endswith((".weight", ".weight_packed", ".weight_blocks", ".qweight"))
+    is_weight = spec.name.endswith((".weight", ".weight_packed", ".weight_blocks", ".qweight", ".qzeros"))
     return spec.dtype.startswith("F8") or (is_quantized and is_weight and spec.dtype in (*_CODES, "I32"))
 
 
@@ -184,8 +209,10 @@ def _format_of(
     """Shape and format of a quantized matrix, or why it cannot be read."""
     specs = {suffix: tensor.spec for suffix, tensor in parts.items()}
     size = quantization.get("weight_block_size")
-    if "weight_scale_inv" in specs and size not in (None, [_BLOCK, _BLOCK]):
-        return f"its blocks are {size}; only [128, 128] are known"
+    inverse = specs.get("weight_scale_inv")
+    known = [None, [_BLOCK, _BLOCK], *([[1, MxFp8.group]] if inverse and inverse.dtype in _EXPONENTS else [])]
+    if inverse and size not in known:
+        return f"its blocks are {size}; [128, 128] are known, and [1, 32] with exponents for scales"
     if "qweight" in specs:
         return _column_format(specs, quantization)
     if any(scheme.get("actorder") in ("group", "dynamic") for scheme in schemes[:1]) and "weight_packed" in specs:
@@ -252,9 +279,12 @@ def _column_format(specs: Mapping[str, Spec], quantization: Mapping[str, Any]) -
     if bits not in (4, 8) or group < 1 or (is_awq and (version != "gemm" or bits != 4)):
         return f"{method} with {bits} bits{f' and version {version}' * is_awq} is not known: {shown}"
     # AutoRound stores zero points as they are, but where it names AutoGPTQ; AutoGPTQ's first format less one.
-    is_first = "gptq" in packing and "gptqmodel" not in packing
-    if method == "gptq":
-        is_first = str(quantization.get("checkpoint_format", "gptq")).lower() != "gptq_v2"
+    said = str(quantization.get("checkpoint_format", "gptq")).lower() if method == "gptq" else packing
+    if not is_awq and said not in (*_FIRST_ZEROS, *_TRUE_ZEROS):
+        return f"{method} in the form {said!r} is not known"
+    is_first = said in _FIRST_ZEROS
+    if quantization.get("desc_act") and order is None and not is_awq:
+        return "its columns are in order of activation (desc_act), and its g_idx is missing"
     made = ColumnInt(
         "awq" if is_awq else "gptq", bits, group, bool(quantization.get("sym")) and not is_awq,
         int(is_first and not is_awq), scales.dtype, order is not None, bool(quantization.get("desc_act")),

@@ -31,7 +31,7 @@ class _Entry(NamedTuple):
     layout: str
     forms: frozenset[str]
     formats: frozenset[str]
-    model_types: frozenset[str]
+    model_types: frozenset[str]  # empty for all that no other entry names
     when: str  # empty, or what a checkpoint must be for the entry to speak of it
     reads: str
     why: str
@@ -57,7 +57,8 @@ def _entry(item: Yaml) -> _Entry:
     return _Entry(
         values["engine"].text(), values["layout"].text() if "layout" in values else "",
         frozenset(values["forms"].texts() if "forms" in values else ()),
-        frozenset(values["formats"].texts() if "formats" in values else ()), frozenset(values["model_types"].texts()),
+        frozenset(values["formats"].texts() if "formats" in values else ()),
+        frozenset(values["model_types"].texts() if "model_types" in values else ()),
         values["when"].text() if "when" in values else "", values["reads"].text(), values["why"].text(),
     )  # fmt: skip
 
@@ -127,7 +128,7 @@ def format_readings(
                     for entry in table
                     if entry.engine == engine.split()[0]
                     and name in entry.formats
-                    and model_type in entry.model_types
+                    and (model_type in entry.model_types or not entry.model_types)
                     and entry.when == when
                 ),
                 Reading(engine, "unknown", "not tried"),

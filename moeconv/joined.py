@@ -39,6 +39,15 @@ def joined_values(
             )
         )
         return list(values)
+    experts = [value.format for value in values if value.fate.is_expert]
+    if any(other is None or not other.layout_recipe for other in experts):
+        problems.append(
+            Problem(
+                f"some experts would be {made.name} and some not; engines read all of a model as {made.name}",
+                "Quantize all experts, or take mxfp4a16.",
+            )
+        )
+        return list(values)
     outputs = {spec.name: (spec, value) for value in values for spec in value.specs}
     tensors = {name: StoredTensor(spec, 0, 0) for name, (spec, _) in outputs.items()}
     inside: dict[str, Inside] = {}

@@ -122,7 +122,8 @@ TargetOption = Annotated[
     ),
 ]
 FormatsOption = Annotated[
-    str | None, typer.Option("--formats", help="Formats to choose from, with --target-size.", metavar="NAME,NAME")
+    list[str] | None,
+    typer.Option("--formats", help="Formats to choose from, with --target-size. Repeatable.", metavar="NAME,NAME"),
 ]
 IgnoreOption = Annotated[
     list[str] | None, typer.Option("--ignore", help="Keep modules of that name, * for any text. Repeatable.")

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 from moeconv import __version__
 from moeconv.checkpoint import INDEX, Checkpoint, StoredTensor
-from moeconv.config_json import MODELOPT_SETTINGS
-from moeconv.encoded import format_of_module, quantization_config
+from moeconv.encoded import MODELOPT_SETTINGS, format_of_module, quantization_config
 from moeconv.engines import Reading, format_readings, readings
 from moeconv.errors import PlanError, Problem, UsageError
 from moeconv.files import FileStat

@@ -9,21 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cache
+from typing import NamedTuple
 
 from moeconv.budget import transcoding_memory
 from moeconv.checkpoint import Checkpoint, LeftOut
-from moeconv.config_json import MODELOPT_SETTINGS, Group, groups_of, rewritten
-from moeconv.encoded import STATIC_SCALES, decoded_view
+from moeconv.choices import STACK, Choices, module_of
+from moeconv.config_json import Group, groups_of, rewritten
+from moeconv.encoded import SETTINGS, STATIC_SCALES, decoded_view, quantization_config
 from moeconv.engines import KEPT, MIXED, Reading, format_readings, readings
 from moeconv.errors import PlanError, Problem
-from moeconv.formats import FLOATS, Probe
+from moeconv.formats import Probe
 from moeconv.fused import torn_matrices
 from moeconv.joined import joined_values
 from moeconv.layouts import find_units
 from moeconv.moves import Change, Fill, change, copy_of
-from moeconv.names import Pattern, collapse, natural_key
+from moeconv.names import collapse, natural_key
 from moeconv.plan import (
     NAME_BYTES,
     Options,
@@ -40,11 +42,9 @@ from moeconv.shards import place_specs
 from moeconv.steps import Step, Task, tasks_of
 from moeconv.tensors import Spec
 from moeconv.transcodes import ANYWHERE, value_steps
-from moeconv.units import Unit
+from moeconv.units import Unit, other_names
 from moeconv.unpacked import unpacked_view
-from moeconv.values import WEIGHT, Fates, Value, alike, is_layer, is_matrix, is_same, nbytes_of
-
-_STACK = "several matrices in one tensor, which the recipe does not name"
+from moeconv.values import WEIGHT, Fates, Value, alike, is_layer, is_stack, nbytes_of
 
 
 def plan_quantize(source: Checkpoint, recipe: Recipe, scheme: Scheme, options: Options | None = None) -> Plan:
@@ -62,10 +62,26 @@ def plan_quantize(source: Checkpoint, recipe: Recipe, scheme: Scheme, options: O
     return _Planner(source, recipe, scheme, options or Options()).plan()
 
 
+class Measurement(NamedTuple):
+    """A plan to measure what formats would cost: only results are written, nothing is carried over.
+
+    Attributes:
+        plan: the plan.
+        values: every target of a quantization, measured or kept.
+        blocks: the block of each expert's matrix, by name.
+        torn: names of matrices whose stored codes are of no use (`fused`).
+    """
+
+    plan: Plan
+    values: tuple[Value, ...]
+    blocks: Mapping[str, str]
+    torn: Set[str]
+
+
 def plan_measurement(
     source: Checkpoint, recipe: Recipe, scheme: Scheme, options: Options | None = None
-) -> tuple[Plan, tuple[Value, ...], dict[str, str]]:
-    """Plan to measure what formats would cost: only results are written, nothing is carried over.
+) -> Measurement:  # fmt: skip
+    """Plan to measure what formats would cost.
 
     Args:
         source: the checkpoint.
@@ -73,15 +89,12 @@ def plan_measurement(
         scheme: whose default format is a `Probe`.
         options: see `Options`.
 
-    Returns:
-        The plan; every target of a quantization, measured or kept; and the block of each expert's matrix, by name.
-
     Raises:
         PlanError: with everything that stands in the way.
     """
     planner = _Planner(source, recipe, scheme, options or Options())
     plan = planner.plan()
-    return plan, planner.every, planner.blocks
+    return Measurement(plan, planner.every, planner.blocks, planner.torn)
 
 
 def plan_dequantize(
@@ -113,11 +126,10 @@ class _Planner:
         self.scheme = scheme
         self.options = options
         self.problems: list[Problem] = []
-        self.refused: dict[str, list[str]] = {}
-        self.fates = Fates(scheme.dtype)
+        self.fates = Fates(scheme.dtype, scheme.allow_nonfinite)
         self.every: tuple[Value, ...] = ()
         self.blocks: dict[str, str] = {}
-        self.quantizes = scheme.default is not None or any(rule.format for rule in scheme.rules)
+        self.quantizes = scheme.default is not None or bool(scheme.rules)
         view = unpacked_view(source, recipe, self.problems, self.options.layout)
         self.source = _without_stale_files(decoded_view(view, self.problems, scheme.dtype))
         if recipe.decoded:
@@ -126,11 +138,14 @@ class _Planner:
             "text_config", "num_hidden_layers"
         )
         self.decider = Decider(scheme, self.recipe.keep, layers if isinstance(layers, int) else None)
+        self.choices = Choices(self.decider, self.recipe, self.fates, self.problems)
         formats = [scheme.default, *(rule.format for rule in scheme.rules)]
         shares = any(made and made.shares_scale for made in formats)
         self.torn = torn_matrices(self.source, self.decider.partners) if shares else set()
 
     def plan(self) -> Plan:
+        if self.problems:  # what follows from them would only hide them
+            raise PlanError.of(self.problems)
         found = find_units(self.source, self.recipe, self.options.layout)
         for unit in found.units:
             if unit.component.form:
@@ -143,18 +158,20 @@ class _Planner:
         self.problems += found.problems
         changes, kept, expert_fills = self._experts(found.units)
         fills = [*expert_fills, *(copy_of(tensor) for unit in kept for tensor in unit.tensors())]
-        stacks = [(unit, [tensor.spec.name for tensor in unit.tensors()]) for unit in kept]
-        stacks += [(made.unit, [spec.name for spec in made.targets]) for made in changes]
-        stacks = [(unit, names) for unit, names in stacks if set(unit.component.parts) & set(self.recipe.part_ids)]
-        self.blocks = {name: unit.block for unit, names in stacks for name in names}
-        experts = set(self.blocks)
+        held = [(unit, [tensor.spec.name for tensor in unit.tensors()]) for unit in kept]
+        held += [(made.unit, [spec.name for spec in made.targets]) for made in changes]
+        stacks: dict[str, list[str]] = {}
+        for unit, names in held:
+            if set(unit.component.parts) & set(self.recipe.part_ids):
+                stacks.setdefault(unit.block, []).extend(names)
+        self.blocks = {name: block for block, names in stacks.items() for name in names}
         fills += [copy_of(tensor) for tensor in found.rest]
-        values = self._values(fills, experts, [(unit.block, names) for unit, names in stacks])
+        values = self._values(fills, stacks)
         values = joined_values(values, self.source, self.recipe, self.problems)
         kinds = alike(values)
         groups = groups_of((kind[0].format, _modules(kind)) for kind in kinds if kind[0].format)
         shared = self._shared(values)
-        self._check(values, groups, experts, bool(found.units))
+        self._check(values, groups, bool(found.units))
         if self.problems:
             raise PlanError.of(self.problems)
         if isinstance(self.scheme.default, Probe):
@@ -171,27 +188,39 @@ class _Planner:
 
         jobs = jobs_of(files, make_tasks, self.options)
         examples = [step for value in _examples(kinds) for step in self._steps(value, ANYWHERE, shared)]
-        names = len(self.stored.tensors) + sum(len(file.specs) for file in files)
-        memory = transcoding_memory(examples, names * NAME_BYTES, jobs, self.options)
-        config = {} if isinstance(self.scheme.default, Probe) else self._config(kinds, groups)
+        count = len(self.stored.tensors) + sum(len(file.specs) for file in files)
+        memory = transcoding_memory(examples, count * NAME_BYTES, jobs, self.options)
+        config = {} if isinstance(self.scheme.default, Probe) else self._config(kinds, groups, found.units)
         joint = next((value.format.layout_recipe for value in values if value.inside and value.format), None)
         recipe = load_recipe(joint) if joint else self.recipe  # of the result
         layout = "packed" if joint else "experts" if changes or not self.quantizes else self._layout(kept)
-        readers = self._readers(kinds, groups, kept)
+        readers = self._readers(kinds, groups, kept, bool(joint))
         warnings = [*source_warnings(self.source, changes), *self._warnings(kinds), *reader_warnings(readers)]
         return Plan(
             self.source, recipe, layout, self.options, tuple(changes), tuple(kept), found.rest, files, index,
             make_tasks, memory, readers, tuple(warnings), self._fingerprint(), self.scheme, tuple(values), config,
         )  # fmt: skip
 
-    def _readers(self, kinds: Sequence[Kind], groups: Sequence[Group], kept: Sequence[Unit]) -> tuple[Reading, ...]:
+    def _readers(
+        self, kinds: Sequence[Kind], groups: Sequence[Group], kept: Sequence[Unit], joint: bool
+    ) -> tuple[Reading, ...]:
         """Which engines read the result."""
         if groups:
             of_experts = [kind[0].format for kind in kinds if kind[0].fate.is_expert]
             is_mixed = len(groups_of((made, ()) for made in of_experts if made)) > 1
             has_kept = len({made is None for made in of_experts}) > 1
             conditions = [MIXED] * is_mixed + [KEPT] * has_kept
-            return format_readings(self.stored.config, sorted({group.format.name for group in groups}), conditions)
+            readers = format_readings(self.stored.config, sorted({group.format.name for group in groups}), conditions)
+            if self.choices.overridden:
+                why = "not tried: rules quantize modules that are kept by default"
+                readers = tuple(r._replace(reads="unknown", why=why) if r.reads == "yes" else r for r in readers)
+            if joint or "experts" not in self.recipe.layouts:
+                return readers
+            plain = readings(self.recipe, self.stored.config, "experts")  # an engine may know no experts one by one
+            return tuple(
+                other if one.reads == "unknown" and other.reads == "no" else one
+                for one, other in zip(readers, plain, strict=True)
+            )
         if self.quantizes or any(unit.component.form for unit in kept):
             return ()
         shapes = [tensor.spec.shape for unit in kept for tensor in unit.tensors()]
@@ -201,7 +230,7 @@ class _Planner:
         return kept[0].layout if kept else self.recipe.layouts[0]
 
     def _experts(self, units: Iterable[Unit]) -> tuple[list[Change], list[Unit], list[Fill]]:
-        """Units that are to be quantized, expert by expert; the others stay in the layout they have."""
+        """Units that change, expert by expert, if any of them is to be quantized; and those that stay as they are."""
         changes: list[Change] = []
         kept: list[Unit] = []
         fills: list[Fill] = []
@@ -212,120 +241,24 @@ class _Planner:
                 kept.append(unit)
             elif (made := change(unit, goal, self.recipe, self.problems)) is not None:
                 moving.append(made)
-        # A router moves with its experts. All matrices are asked, so that every rule that names one counts as used.
-        asked = [(made.unit.block, spec) for made in moving for spec in made.targets if is_matrix(spec)]
-        named = [(block, self.decider.decide(_module(spec), is_expert=True)) for block, spec in asked]
-        quantized = {block for block, decision in named if decision.format}
-        for made in moving:
-            if made.unit.block in quantized:
-                changes.append(made)
-                fills += made.fills
-            else:
-                kept.append(made.unit)
+        if self.choices.is_any_quantized(moving):  # then all of them move: engines expect one layout
+            changes = moving
+            fills = [fill for made in moving for fill in made.fills]
+        else:
+            kept += [made.unit for made in moving]
         return changes, kept, fills
 
-    def _values(
-        self, fills: Sequence[Fill], experts: set[str], stacks: Sequence[tuple[str, Sequence[str]]]
-    ) -> list[Value]:
-        decisions: dict[str, Decision] = {}
-        for fill in fills:
-            decisions[fill.target.name] = self._decide(fill, fill.target.name in experts)
-        self.problems += [
-            Problem(f"{line} cannot be {why}", "Choose another format or group size for it, or keep it with --ignore.")
-            for why, names in self.refused.items()
-            for line in collapse(names)
-        ]
-        self._keep_together(decisions, {fill.target.name: fill for fill in fills})
-        self._check_experts(decisions, stacks)
-        made, torn = self.fates.value, self.torn
+    def _values(self, fills: Sequence[Fill], stacks: Mapping[str, Sequence[str]]) -> list[Value]:
+        decisions = self.choices.of(fills, self.blocks, stacks) if self.quantizes else {}
+        plain = Decision(None, "not quantized")
+        made, torn, experts = self.fates.value, self.torn, self.blocks
         names = [fill.target.name for fill in fills]
         return [
-            made(fill, decisions[name], is_expert=name in experts, is_torn=name in torn)
+            made(fill, decisions.get(name, plain), is_expert=name in experts, is_torn=name in torn)
             for name, fill in zip(names, fills, strict=True)
         ]
 
-    def _decide(self, fill: Fill, is_expert: bool) -> Decision:
-        spec = fill.target
-        if not self.quantizes:
-            return Decision(None, "not quantized")
-        if not is_matrix(spec):
-            is_stack = spec.dtype in FLOATS and len(spec.shape) == 3 and self.decider.kept(_module(spec)) is None
-            return Decision(None, _STACK if is_stack else "no matrix of full precision")
-        decision = self.decider.decide(_module(spec), is_expert=is_expert)
-        if decision.format is None:
-            return decision
-        refused = decision.format.refusal(spec.shape, self.fates.dtype(spec.dtype))
-        if refused is None:
-            return decision
-        if is_expert or decision.is_named:
-            self.refused.setdefault(f"{decision.format.name}: {refused}", []).append(spec.name)
-        return Decision(None, f"{refused}, so not {decision.format.name}")
-
-    def _keep_together(self, decisions: dict[str, Decision], fills: Mapping[str, Fill]) -> None:
-        """What engines fuse is quantized together or not at all."""
-        usual = Counter(decision.format for decision in decisions.values()).most_common(1)[0][0] if decisions else None
-        # Of two that differ, one has not the usual format: only its partners have to be looked at.
-        unusual = [name for name, decision in decisions.items() if decision.format is not usual]
-        asked = {p + WEIGHT for name in unusual for p in self.decider.partners(_module(fills[name].target))}
-        for name in [name for name in decisions if name in asked]:
-            decision = decisions[name]
-            if decision.format is None:
-                continue
-            for partner in self.decider.partners(_module(fills[name].target)):
-                other = decisions.get(partner + WEIGHT)
-                if other is None or other.format is decision.format or is_same(other.format, decision.format):
-                    continue
-                if decision.is_named or other.is_named:
-                    self.problems.append(
-                        Problem(
-                            f"{name} would be {decision.format.name} and {partner + WEIGHT} "
-                            f"{other.format.name if other.format else 'kept'}; engines fuse the two",
-                            "Write a rule that gives both the same.",
-                        )
-                    )
-                decisions[name] = Decision(None, f"engines fuse it with {partner.rsplit('.', 1)[-1]}, which is kept")
-                break
-
-    def _check_experts(self, decisions: Mapping[str, Decision], stacks: Sequence[tuple[str, Sequence[str]]]) -> None:
-        """All experts of a layer get one format: engines hold them together and are told of the first expert alone.
-
-        Args:
-            decisions: by name.
-            stacks: names of experts' tensors, and the block that they belong to.
-        """
-        if "experts" not in self.recipe.layouts:
-            return
-        blocks: dict[str, list[str]] = {}
-        for block, names in stacks:
-            blocks.setdefault(block, []).extend(name for name in names if name.endswith(WEIGHT))
-        goal = self.recipe.layout("experts")
-        rules = [rule for component in self.recipe.components for rule in component.rules[goal]]
-        for names in blocks.values():
-            if len({decisions[name].format for name in names}) > 1:
-                self._check_stacks(decisions, sorted(names, key=natural_key), [rule.pattern for rule in rules])
-
-    def _check_stacks(self, decisions: Mapping[str, Decision], names: Sequence[str], patterns: list[Pattern]) -> None:
-        """The same of one block; experts that are counted apart may differ."""
-        firsts: dict[tuple[object, ...], str] = {}
-        unlike: set[tuple[object, ...]] = set()
-        for name in names:
-            found = next((pattern for pattern in patterns if pattern.ids and pattern.match(name)), None)
-            if found is None:
-                continue
-            group = (found.before, found.ids)
-            first = firsts.setdefault(group, name)
-            one, other = decisions[first].format, decisions[name].format
-            if group not in unlike and not is_same(one, other):
-                unlike.add(group)
-                self.problems.append(
-                    Problem(
-                        f"{first} would be {one.name if one else 'kept'} and {name} {other.name if other else 'kept'}; "
-                        "engines hold all experts of a layer together",
-                        "Write a rule that gives all of them the same.",
-                    )
-                )
-
-    def _check(self, values: Sequence[Value], groups: Sequence[Group], experts: set[str], has_units: bool) -> None:
+    def _check(self, values: Sequence[Value], groups: Sequence[Group], has_units: bool) -> None:
         whole = Counter([spec.name for value in values if not value.fate.is_piece for spec in value.specs])
         pieces = {spec.name for value in values if value.fate.is_piece for spec in value.specs}
         self.problems += [
@@ -345,7 +278,7 @@ class _Planner:
                     "Give the --recipe that matches.",
                 )
             )
-        elif not self.problems and not any(v.format for v in values if v.fill.target.name in experts):
+        elif not self.problems and not any(v.format for v in values if v.fill.target.name in self.blocks):
             ignored = any(rule.format is None for rule in self.scheme.rules) or self.scheme.only
             if not ignored:
                 self.problems.append(
@@ -364,7 +297,7 @@ class _Planner:
 
     def _shared(self, values: Sequence[Value]) -> dict[str, tuple[Value, ...]]:
         """For each matrix that shares a scale, all that share it: those that engines fuse with it, in one order."""
-        named = {_module(v.fill.target): v for v in values if v.format is not None and v.format.shares_scale}
+        named = {module_of(v.fill.target): v for v in values if v.format is not None and v.format.shares_scale}
         shared = {}
         for module, value in named.items():
             partners = [named[p] for p in self.decider.partners(module) if p in named] or [value]
@@ -390,9 +323,14 @@ class _Planner:
 
     def _warnings(self, kinds: Sequence[Kind]) -> list[str]:
         lines = []
-        static = [name for name in self.stored.tensors if name.endswith(STATIC_SCALES)]
-        if static and not any(name in self.source.tensors for name in static):
-            lines.append(f"{len(static):,} static scales for activations are dropped: no format here keeps them")
+        static = sum(
+            1 for name in self.stored.tensors if name.endswith(STATIC_SCALES) and name not in self.source.tensors
+        )
+        if static:
+            lines.append(f"{static:,} static scales for activations are dropped: no format here keeps them")
+        before = quantization_config(self.stored.config)
+        if any(before.get(key) for key in ("kv_cache_scheme", "kv_cache_quant_algo")):
+            lines.append("what config.json says of a quantized KV cache is dropped")
         if not self.quantizes:
             is_taken_apart = any(tensor.inside is not None for tensor in self.source.tensors.values()) or any(
                 part.inside is not None
@@ -416,6 +354,11 @@ class _Planner:
         )
         if unsearched:
             lines.append(f"{unsearched:,} matrices keep their codes, so that --scale chooses nothing for them")
+        if self.choices.overridden:
+            names = ", ".join(collapse(self.choices.overridden)[:6])
+            lines.append(f"rules quantize what is kept by default, and engines may not read: {names}")
+        if self.scheme.dtype and not any(f.decoder or f.dtype != kind[0].fill.target.dtype for f, kind in fates):
+            lines.append("--dtype changes nothing: no matrix is float32")
         unknown = [
             value.fill.target.name
             for fate, kind in fates
@@ -424,14 +367,17 @@ class _Planner:
         ]
         if unknown:
             lines.append(f"kept because they are not known as linear layers: {', '.join(collapse(unknown)[:6])}")
-        stacks = [value.fill.target.name for fate, kind in fates if fate.why == _STACK for value in kind]
+        stacks = [value.fill.target.name for fate, kind in fates if fate.why == STACK for value in kind]
         if stacks:
             lines.append(f"kept because the recipe does not know these stacks: {', '.join(collapse(stacks)[:6])}")
         return lines
 
-    def _config(self, kinds: Sequence[Kind], groups: Sequence[Group]) -> dict[str, bytes]:
+    def _config(self, kinds: Sequence[Kind], groups: Sequence[Group], units: Sequence[Unit]) -> dict[str, bytes]:
         plain = [value.fill.target for kind in kinds if kind[0].format is None for value in kind]
-        kept = [_module(spec) for spec in plain if is_layer(spec)]
+        kept = [module_of(spec) for spec in plain if is_layer(spec)]
+        kept += {spec.name.rpartition(".")[0] for spec in plain if is_stack(spec) and spec.name in self.blocks}
+        kept_set = set(kept)
+        kept += [name for unit in units for name in other_names(unit, kept_set)]
         is_cast = any(kind[0].fate.decoder or kind[0].fate.dtype != kind[0].fill.target.dtype for kind in kinds)
         is_copied = any(kind[0].fate.keeps == "bytes" for kind in kinds)
         carried = ("scale_fmt",) if is_copied else ()  # how engines treat the scales that stay as they are
@@ -439,7 +385,7 @@ class _Planner:
 
 
 #: Files beside config.json that say how the source is quantized, which its result is not any more.
-_STALE = (MODELOPT_SETTINGS, "quantize_config.json", "quant_config.json", "recipe.yaml")
+_STALE = (*SETTINGS, "recipe.yaml")
 
 
 def _without_stale_files(source: Checkpoint) -> Checkpoint:
@@ -468,7 +414,3 @@ def _examples(kinds: Sequence[Kind]) -> list[Value]:
 
 def _modules(kind: Kind) -> list[str]:
     return [value.fill.target.name.removesuffix(WEIGHT) for value in kind]
-
-
-def _module(spec: Spec) -> str:
-    return spec.name.removesuffix(WEIGHT)

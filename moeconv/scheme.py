@@ -184,25 +184,30 @@ def build_scheme(
         if read is not None:
             text, layouts = content, read[1]
     if name is None and not text:
-        raise UsageError("neither --format nor --recipe says what to quantize to", f"Formats: {', '.join(FORMATS)}.")
+        known = ", ".join({**FORMATS, **FAMILY_FORMATS})
+        raise UsageError("neither --format nor --recipe says what to quantize to", f"Formats: {known}.")
     if name is None and options:
         raise UsageError("options of a format without --format", "Write them into the recipe, or add --format.")
     said = {
         "format": name and format_name(name), "options": dict(options), "rules": text, "ignore": list(ignore),
         "only": list(only), "dtype": dtype, "allow_nonfinite": allow_nonfinite,
     }  # fmt: skip
-    return scheme_of(said), layouts
+    return scheme_of(said, recipe or ""), layouts
 
 
-def scheme_of(said: Mapping[str, Any]) -> Scheme:
+def scheme_of(said: Mapping[str, Any], where: str = "rules") -> Scheme:
     """A scheme from what `Scheme.text` holds, which is how a manifest keeps it.
+
+    Args:
+        said: the content.
+        where: where rules come from, for messages.
 
     Raises:
         UsageError: a format or option that does not exist.
         RecipeError: rules that cannot be read.
     """
     rules = [FormatRule(pattern, None, "--ignore") for pattern in said["ignore"]]
-    read = read_rules(said["rules"], "rules") if said["rules"] else None
+    read = read_rules(said["rules"], where) if said["rules"] else None
     rules += read[0] if read else ()
     name = said["format"]
     default = parse_format(name, said["options"], "--format") if name is not None else None

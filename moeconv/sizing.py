@@ -8,11 +8,11 @@ the output, for inputs of equal size. Experts of one projection are taken togeth
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from itertools import takewhile
-from math import inf
+from itertools import groupby, takewhile
 from typing import NamedTuple
 
 from moeconv.checkpoint import Checkpoint
@@ -20,9 +20,9 @@ from moeconv.errors import PlanError
 from moeconv.explain import size
 from moeconv.files import Files
 from moeconv.formats import Format
-from moeconv.header import stored_nbytes
 from moeconv.names import natural_key
-from moeconv.tensors import Spec
+from moeconv.quantize import Measurement
+from moeconv.tensors import Spec, total_nbytes
 from moeconv.values import Value, kept, parts_of
 
 _WEIGHT = ".weight"
@@ -58,12 +58,10 @@ def measured(folder: Checkpoint) -> dict[str, tuple[list[float], float]]:
     """Sums of squared errors for each format, and of squares, by module; from a folder that a `Probe` filled."""
     files = Files()
     found: dict[str, list[list[float]]] = {}
-    for number, weights in enumerate(folder.files):
-        file = files.open_read(folder.root / weights.path)
+    for number, tensors in groupby(folder.tensors.items(), key=lambda item: item[1].file):
+        file = files.open_read(folder.root / folder.files[number].path)
         try:
-            for name, tensor in folder.tensors.items():
-                if tensor.file != number:
-                    continue
+            for name, tensor in tensors:
                 content = bytearray(tensor.spec.nbytes)
                 file.read_into(memoryview(content), tensor.offset)
                 numbers = struct.unpack(f"<{len(content) // 8}d", content)
@@ -77,53 +75,68 @@ def measured(folder: Checkpoint) -> dict[str, tuple[list[float], float]]:
 
 
 def components(
-    values: Sequence[Value], blocks: Mapping[str, str], formats: Sequence[Format],
-    found: Mapping[str, tuple[list[float], float]],
+    measurement: Measurement, formats: Sequence[Format], found: Mapping[str, tuple[list[float], float]], has_index: bool
 ) -> list[Component]:  # fmt: skip
     """The parts of a model that are decided, in natural order.
 
     Args:
-        values: every target of the measurement, also those that were not measured.
-        blocks: the block of each expert's matrix, by name.
-        formats: that were measured, in the order of the results.
-        found: see `measured`.
+        measurement: every target, also those that are not measured.
+        formats: in the order of the results.
+        found: see `measured`; nothing for errors of zero.
+        has_index: the result has several files.
     """
     grouped: dict[tuple[str, bool], list[Value]] = {}
-    for value in values:
+    for value in measurement.values:
         name = value.fill.target.name
         if value.format is not None:
-            key = (blocks[name], True) if name in blocks else (name.removesuffix(_WEIGHT).rpartition(".")[0], False)
+            block = measurement.blocks.get(name)
+            key = (block, True) if block else (name.removesuffix(_WEIGHT).rpartition(".")[0], False)
             grouped.setdefault(key, []).append(value)
-    targets = [value.fill.target for value in values]
+    targets = [value.fill.target for value in measurement.values]
     everything = [spec.name.removesuffix(_WEIGHT) for spec in targets if len(spec.shape) == 2]
-    made = []
+    parts = []
     for key in sorted(grouped, key=lambda item: (natural_key(item[0]), item[1])):
         group = grouped[key]
-        modules = [value.fill.target.name.removesuffix(_WEIGHT) for value in group]
-        options = [_option(group, modules, made_, number, found) for number, made_ in enumerate(formats)]
-        whole = Option(None, stored_nbytes([value.fill.target for value in group]), 0.0)
-        fitting = [option for option in options if option.error < inf]
-        made.append(Component(tuple(modules), tuple(_patterns(modules, everything)), (*fitting, whole)))
-    return made
+        options = [_option(group, made, number, found, measurement, has_index) for number, made in enumerate(formats)]
+        whole = Option(None, _nbytes([value.fill.target for value in group], has_index), 0.0)
+        modules = tuple(value.fill.target.name.removesuffix(_WEIGHT) for value in group)
+        fitting = [option for option in options if option is not None]
+        parts.append(Component(modules, tuple(_patterns(modules, everything)), (*fitting, whole)))
+    return parts
 
 
 def _option(
-    group: Sequence[Value], modules: Sequence[str], made: Format, number: int,
-    found: Mapping[str, tuple[list[float], float]],
-) -> Option:  # fmt: skip
+    group: Sequence[Value], made: Format, number: int, found: Mapping[str, tuple[list[float], float]],
+    measurement: Measurement, has_index: bool,
+) -> Option | None:  # fmt: skip
+    """What a format would cost; None where some matrix of the group cannot have it."""
     errors: dict[str, float] = {}
     norms: dict[str, float] = {}
     specs: list[Spec] = []
-    for value, module in zip(group, modules, strict=True):
-        shape = value.fill.target.shape
-        specs += [Spec(f"{module}.{p.suffix}", p.dtype, p.shape) for p in parts_of(made, shape, value.fate.dtype)]
-        of_module, norm = found[module]
+    for value in group:
+        (name, _, shape), dtype = value.fill.target, value.fate.dtype
+        if made.refusal(shape, dtype) is not None:
+            return None
+        module = name.removesuffix(_WEIGHT)
+        specs += [Spec(f"{module}.{part.suffix}", part.dtype, part.shape) for part in parts_of(made, shape, dtype)]
+        of_module, norm = found.get(module, ([0.0] * (number + 1), 1.0))
         projection = module.rpartition(".")[2]
-        lost = 0.0 if kept(value.source, made, value.fate.dtype) else of_module[number]
-        errors[projection] = errors.get(projection, 0.0) + lost
+        is_kept = name not in measurement.torn and kept(value.source, made, dtype)
+        errors[projection] = errors.get(projection, 0.0) + (0.0 if is_kept else of_module[number])
         norms[projection] = norms.get(projection, 0.0) + norm
     error = sum(errors[key] / norms[key] for key in errors if norms[key])
-    return Option(made, stored_nbytes(specs), inf if inf in errors.values() else error)
+    return Option(made, _nbytes(specs, has_index), error)
+
+
+#: About what an entry of a header, and one of the index, takes beside the name and the shape.
+_HEADER_NBYTES, _INDEX_NBYTES = 72, 45
+
+
+def _nbytes(specs: Sequence[Spec], has_index: bool) -> int:
+    """About the bytes that tensors take in a checkpoint."""
+    names = sum(len(spec.name) + 6 * len(spec.shape) for spec in specs)
+    entries = _HEADER_NBYTES * len(specs) + names + has_index * (_INDEX_NBYTES * len(specs) + names)
+    return total_nbytes(specs) + entries
 
 
 def _patterns(modules: Sequence[str], everything: Sequence[str]) -> list[str]:
@@ -179,15 +192,21 @@ def choose(parts: Sequence[Component], room: int) -> list[Option]:
         option = parts[number].options[taken[number, at]]
         chosen.append(option)
         at -= -(-(option.nbytes - smallest[number]) // step)
-    uniform = [alike for alike in _uniform(parts) if _sum_nbytes(alike) <= room]
-    return min([_filled(parts, chosen[::-1], room), *uniform], key=lambda options: sum(o.error for o in options))
+    uniform = [alike for alike in uniform_choices(parts) if total_of(alike) <= room]
+    return min([_filled(parts, chosen[::-1], room), *uniform], key=error_of)
 
 
-def _sum_nbytes(options: Sequence[Option]) -> int:
+def total_of(options: Sequence[Option]) -> int:
+    """Bytes of a choice."""
     return sum(option.nbytes for option in options)
 
 
-def _uniform(parts: Sequence[Component]) -> Iterator[list[Option]]:
+def error_of(options: Sequence[Option]) -> float:
+    """Summed error of a choice."""
+    return sum(option.error for option in options)
+
+
+def uniform_choices(parts: Sequence[Component]) -> Iterator[list[Option]]:
     """One format for all parts that can have it; the others are kept."""
     formats = {id(option.format): option.format for part in parts for option in part.options}
     for made in formats.values():
@@ -196,7 +215,7 @@ def _uniform(parts: Sequence[Component]) -> Iterator[list[Option]]:
 
 def _filled(parts: Sequence[Component], chosen: list[Option], room: int) -> list[Option]:
     """Take better options while there is room, those first that gain most for a byte."""
-    left = room - _sum_nbytes(chosen)
+    left = room - total_of(chosen)
     while True:
         gains = [
             ((chosen[number].error - option.error) / max(1, option.nbytes - chosen[number].nbytes), number, which)
@@ -225,12 +244,18 @@ def recipe_of(
         extends: the recipe of the layouts, where one was named.
     """
     lines = [f"about: {about}"]
-    lines += [f"extends: {extends}"] if extends else []
+    lines += [f"extends: {json.dumps(extends)}"] if extends else []
     lines.append("quantize:")
     for part, option in zip(parts, chosen, strict=True):
         name = option.format.name if option.format else "keep"
-        own = "".join(f", {key}: {value}" for key, value in options.get(name, {}).items())
+        own = "".join(f", {key}: {_text(value)}" for key, value in options.get(name, {}).items())
+        costs = f"error {option.error:.2e}" if len(part.options) > 1 else "no format of the list can be had"
         for number, pattern in enumerate(part.patterns):
-            why = f"  # {size(option.nbytes)}, error {option.error:.2e}" if not number else ""
+            why = f"  # {size(option.nbytes)}, {costs}" if not number else ""
             lines.append(f'  - {{match: "{pattern}", format: {name}{own}}}{why}')
     return "\n".join(lines) + "\n"
+
+
+def _text(value: object) -> str:
+    """An option as YAML has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

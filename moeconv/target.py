@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moeconv.checkpoint import MAX_CONFIG_BYTES, Checkpoint, open_checkpoint
-from moeconv.errors import OutputError, PlanError, UsageError
+from moeconv.encoded import CONFIG_DTYPES
+from moeconv.errors import CheckpointError, OutputError, PlanError, UsageError
 from moeconv.explain import size
 from moeconv.files import Files
-from moeconv.formats import FORMATS, Probe, format_name
-from moeconv.plan import Options, Plan
-from moeconv.quantize import plan_measurement, plan_quantize
+from moeconv.formats import FAMILY_FORMATS, FORMATS, Format, Probe, format_name
+from moeconv.manifest import build_manifest
+from moeconv.plan import DEFAULT_SHARD_BYTES, Options, Plan
+from moeconv.quantize import Measurement, plan_measurement, plan_quantize
 from moeconv.recipe import Recipe
-from moeconv.scheme import FormatRule, Scheme, build_scheme, parse_format
-from moeconv.sizing import choose, components, measured, recipe_of
+from moeconv.scheme import FormatRule, Scheme, parse_format, scheme_of
+from moeconv.sizing import (
+    Component,
+    Option,
+    choose,
+    components,
+    error_of,
+    measured,
+    recipe_of,
+    total_of,
+    uniform_choices,
+)
+from moeconv.writer import check_foreign
 
-#: Plans that are made until one fits: headers and shards are only known then.
+#: Plans that are made until no better one is found: headers and shards are only known then.
 _ATTEMPTS = 6
 
 
@@ -33,6 +47,7 @@ class Wanted(NamedTuple):
         dtype: of float32 matrices; None as they are.
         allow_nonfinite: NaN and infinities count as zero.
         extends: the recipe of the layouts, where one is named.
+        command: the command line, which the manifest of the result holds.
     """
 
     nbytes: int
@@ -42,6 +57,7 @@ class Wanted(NamedTuple):
     dtype: str | None
     allow_nonfinite: bool
     extends: str | None
+    command: tuple[str, ...] = ()
 
 
 def parse_formats(text: str, options: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -59,16 +75,26 @@ def parse_formats(text: str, options: Mapping[str, Any]) -> tuple[dict[str, dict
         raise UsageError("--formats names no format", f"Formats: {', '.join(FORMATS)}.")
     found = {}
     for name in dict.fromkeys(names):
-        takes = FORMATS[name][1] if name in FORMATS else options
-        own = {key: value for key, value in options.items() if key in takes}
+        if name in FAMILY_FORMATS:
+            raise UsageError(
+                f"--formats: {name} is for all experts of a model or none", f"Take it alone with --format {name}."
+            )
+        takes = FORMATS[name][1] if name in FORMATS else dict.fromkeys(options, str)
+        own = {key: value for key, value in options.items() if key in takes and _is_known(value, takes[key])}
         made = parse_format(name, own, "--formats")
         if made.quant_method != "compressed-tensors" and len(set(names)) > 1:
             raise UsageError(f"--formats: {name} cannot stand beside another format", "Take nvfp4a16, or it alone.")
         found[name] = own
-    for key in options:
+    for key, value in options.items():
         if not any(key in own for own in found.values()):
-            raise UsageError(f"--formats: none of {', '.join(found)} takes {key}", "Leave the option out.")
+            said = f"{key} {value}" if key == "search" else key
+            raise UsageError(f"--formats: none of {', '.join(found)} takes {said}", "Leave the option out.")
     return found, notes
+
+
+def _is_known(value: object, kind: object) -> bool:
+    """Whether an option is one of the words that a format knows, where it knows words."""
+    return not isinstance(kind, tuple) or (isinstance(value, str) and format_name(value) in kind)
 
 
 def plan_for_size(
@@ -91,48 +117,145 @@ def plan_for_size(
 
     Raises:
         PlanError: nothing fits, or what stands in the way of a quantization.
-        OutputError: another recipe has that name.
+        OutputError: another recipe has that name, or the destination is not moeconv's.
     """
-    formats = [parse_format(name, own, "--formats") for name, own in wanted.formats.items()]
-    text = json.dumps({"measured": wanted.formats, "ignore": wanted.ignore, "only": wanted.only, "dtype": wanted.dtype})
-    scheme = Scheme(
-        tuple(FormatRule(pattern, None, "--ignore") for pattern in wanted.ignore), Probe(formats), wanted.only,
-        wanted.dtype, wanted.allow_nonfinite, text,
-    )  # fmt: skip
-    plan, values, blocks = plan_measurement(source, recipe, scheme, options)
-    folder = destination.with_name(f"{destination.name}.measured")
-    measure(plan, folder)
-    parts = components(values, blocks, formats, measured(open_checkpoint(folder)))
     path = destination.with_name(f"{destination.name}.recipe.yaml")
+    folder = destination.with_name(f"{destination.name}.measured")
     files = Files()
-    before = files.read_bytes(path, MAX_CONFIG_BYTES).decode() if files.exists(path) else None
-    fixed = sum(value.fill.target.nbytes for value in values if value.format is None)
-    room = wanted.nbytes - fixed - sum(file.nbytes for file in source.sidecars)
-    for _ in range(_ATTEMPTS):
-        chosen = choose(parts, room)
-        if all(option.format is None for option in chosen):
+    check_foreign(destination, files)
+    before = _recipe_before(path, files)
+    formats = [parse_format(name, own, "--formats") for name, own in wanted.formats.items()]
+    measurement = plan_measurement(source, recipe, _measuring(wanted, formats), options)
+    sizer = _Sizer(source, recipe, wanted, options, path)
+    has_index, base = sizer.least(measurement, formats)  # whether anything fits is known without measuring
+    measure(measurement.plan, folder)
+    parts = components(measurement, formats, measured(open_checkpoint(folder)), has_index)
+    found = sizer.best(parts, base)
+    if before not in (None, found.text) and not overwrite:
+        raise OutputError(
+            f"{path} exists and is another recipe than the one chosen now",
+            f"Run it as it is with --recipe {path}, remove it, or replace it with --overwrite.",
+        )
+    _write(files, path, found.text.encode())
+    return found.plan, path, folder
+
+
+class _Try(NamedTuple):
+    """A choice: its recipe, the plan that it makes, and the bytes of that plan's whole folder."""
+
+    text: str
+    plan: Plan
+    nbytes: int
+    error: float
+
+
+class _Sizer:
+    """Finds the choice of least error whose folder fits."""
+
+    def __init__(self, source: Checkpoint, recipe: Recipe, wanted: Wanted, options: Options, path: Path) -> None:
+        self.source = source
+        self.recipe = recipe
+        self.wanted = wanted
+        self.options = options
+        self.path = path
+        self.tried: dict[tuple[int, ...], _Try] = {}
+
+    def least(self, measurement: Measurement, formats: Sequence[Format]) -> tuple[bool, int]:
+        """Whether the result has an index, and the bytes of its folder beside those of the parts.
+
+        Raises:
+            PlanError: even the smallest choice does not fit, or the model fits as it is.
+        """
+        parts = components(measurement, formats, {}, False)
+        smallest = [min(part.options, key=lambda option: option.nbytes) for part in parts]
+        if all(option.format is None for option in smallest):
+            raise PlanError("no matrix can have any of these formats", "Add another format to --formats.")
+        found = self._tried(parts, smallest)
+        if found.nbytes > self.wanted.nbytes:
             raise PlanError(
-                f"the model fits {size(wanted.nbytes)} as it is: nothing would be quantized",
+                f"the smallest folder that these formats can make is {size(found.nbytes)} ({found.nbytes:,} bytes)",
+                "Give a larger --target-size, or add a smaller format to --formats.",
+            )
+        has_index = len(found.plan.files) > 1
+        parts = components(measurement, formats, {}, has_index)
+        base = found.nbytes - sum(min(option.nbytes for option in part.options) for part in parts)
+        if base + sum(part.options[-1].nbytes for part in parts) <= self.wanted.nbytes:
+            raise PlanError(
+                f"the model fits {size(self.wanted.nbytes)} as it is: nothing would be quantized",
                 "Give a smaller --target-size.",
             )
-        error = sum(option.error for option in chosen)
+        self.tried.clear()  # errors were not known
+        return has_index, base
+
+    def best(self, parts: Sequence[Component], base: int) -> _Try:
+        """The fitting choice of least error: sizes are estimates until a plan is made, and each plan mends them."""
+        fitting = [min(part.options, key=lambda option: (option.nbytes, option.error)) for part in parts]
+        found = self._tried(parts, fitting)
+        room = self.wanted.nbytes - base
+        for _ in range(_ATTEMPTS):
+            chosen = choose(parts, max(room, total_of(fitting)))
+            if _key(chosen) in self.tried:
+                break
+            made = self._tried(parts, chosen)
+            if made.nbytes <= self.wanted.nbytes and made.error < found.error:
+                found = made
+            room = total_of(chosen) + self.wanted.nbytes - made.nbytes
+        for chosen in uniform_choices(parts):  # none of these may be better, be it by a byte
+            is_near = total_of(chosen) <= room * 1.02 and any(option.format for option in chosen)
+            if is_near and error_of(chosen) < found.error and _key(chosen) not in self.tried:
+                made = self._tried(parts, chosen)
+                found = made if made.nbytes <= self.wanted.nbytes else found
+        return found
+
+    def _tried(self, parts: Sequence[Component], chosen: Sequence[Option]) -> _Try:
+        wanted, error = self.wanted, error_of(chosen)
         about = f"at most {wanted.nbytes} bytes, formats {' '.join(wanted.formats)}, summed error {error:.4g}"
-        text = recipe_of(parts, chosen, about, wanted.formats, wanted.extends)
-        if before is not None and before != text and not overwrite:
-            raise OutputError(
-                f"{path} exists and is another recipe than the one chosen now",
-                f"Run it as it is with --recipe {path}, remove it, or replace it with --overwrite.",
-            )
-        _write(files, path, text.encode())
-        made = _planned(source, recipe, path, wanted, options)
-        over = made.output_nbytes - wanted.nbytes
-        if over <= 0:
-            return made, path, folder
-        before = None  # our own first try
-        room = min(room, sum(option.nbytes for option in chosen)) - over
-    raise PlanError(
-        f"no choice of formats was found that makes {size(wanted.nbytes)}", "Give a slightly larger --target-size."
-    )
+        text = recipe_of(parts, chosen, about, wanted.formats, wanted.extends) + self._run_with()
+        said: dict[str, Any] = {
+            "format": None, "options": {}, "rules": text, "ignore": list(wanted.ignore), "only": list(wanted.only),
+            "dtype": wanted.dtype, "allow_nonfinite": wanted.allow_nonfinite,
+        }  # fmt: skip
+        plan = plan_quantize(self.source, self.recipe, scheme_of(said, str(self.path)), self.options)
+        nbytes = plan.output_nbytes + len(build_manifest(plan, wanted.command))
+        found = self.tried[_key(chosen)] = _Try(text, plan, nbytes, error)
+        return found
+
+    def _run_with(self) -> str:
+        """What a recipe cannot say, and its run needs."""
+        wanted, options = self.wanted, self.options
+        words = [f"--ignore {shlex.quote(pattern)}" for pattern in wanted.ignore]
+        words += [f"--only {shlex.quote(pattern)}" for pattern in wanted.only]
+        words += [f"--dtype {name}" for name, short in CONFIG_DTYPES.items() if short == wanted.dtype]
+        words += ["--allow-nonfinite"] if wanted.allow_nonfinite else []
+        if options.max_shard_nbytes != DEFAULT_SHARD_BYTES:
+            words.append(f"--max-shard-size {options.max_shard_nbytes}")
+        return f"# To make the same again, give --recipe together with {' '.join(words)}\n" if words else ""
+
+
+def _key(chosen: Sequence[Option]) -> tuple[int, ...]:
+    return tuple(id(option) for option in chosen)
+
+
+def _measuring(wanted: Wanted, formats: Sequence[Format]) -> Scheme:
+    text = json.dumps({"measured": wanted.formats, "ignore": wanted.ignore, "only": wanted.only, "dtype": wanted.dtype})
+    ignored = tuple(FormatRule(pattern, None, "--ignore") for pattern in wanted.ignore)
+    return Scheme(ignored, Probe(formats), wanted.only, wanted.dtype, wanted.allow_nonfinite, text)
+
+
+def _recipe_before(path: Path, files: Files) -> str | None:
+    """The recipe that lies there.
+
+    Raises:
+        OutputError: it is something else.
+    """
+    if not files.exists(path):
+        return None
+    try:
+        return files.read_bytes(path, MAX_CONFIG_BYTES).decode()
+    except (CheckpointError, UnicodeDecodeError):
+        raise OutputError(
+            f"{path} exists and is no recipe; the choice would be written there", "Remove it, or choose another DST."
+        ) from None
 
 
 def _write(files: Files, path: Path, content: bytes) -> None:
@@ -145,10 +268,3 @@ def _write(files: Files, path: Path, content: bytes) -> None:
     finally:
         file.close()
     files.rename(beside, path)
-
-
-def _planned(source: Checkpoint, recipe: Recipe, path: Path, wanted: Wanted, options: Options) -> Plan:
-    scheme, _ = build_scheme(
-        None, {}, str(path), wanted.ignore, wanted.only, wanted.dtype, wanted.allow_nonfinite
-    )  # fmt: skip
-    return plan_quantize(source, recipe, scheme, options)

@@ -127,8 +127,8 @@ class Transcoder:
 
         step, first, last, job = self._under_way.popleft()
         *made, is_finite = job.wait()
-        if not bool(is_finite):
-            raise self._cause(step, first, last)
+        if not bool(is_finite) and (cause := self._cause(step, first, last)):
+            raise cause
         for part, tensor in zip(step.targets, made, strict=True):
             at, end = part.bounds(first, last)
             content = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
@@ -177,13 +177,26 @@ class Transcoder:
             at += -(-len(content) // PART_ALIGNMENT) * PART_ALIGNMENT
         return parts
 
-    def _cause(self, step: Transcode, first: int, last: int) -> CheckpointError:
-        """Why a scale of these rows is not finite: the rows are not, or a range has no width in their dtype."""
+    def _cause(self, step: Transcode, first: int, last: int) -> CheckpointError | None:
+        """Why these rows are not finite: the source is not, their dtype is too narrow, or a scale has no width in it.
+
+        None where what is not finite is passed on as it is.
+        """
         import torch
 
         self.abandon()
         matrix = step.matrix
-        if step.encoder and bool(torch.isfinite(_tile(matrix, self._read(matrix, first, last), False)).all()):
+        inputs = self._read(matrix, first, last)
+        wide = torch.isfinite(_tile(matrix._replace(dtype="F32"), inputs, step.allow_nonfinite))
+        narrow = torch.isfinite(_tile(matrix, inputs, step.allow_nonfinite))
+        if bool((wide & ~narrow).any()):
+            return CheckpointError(
+                f"{matrix.name} holds values too large for {matrix.dtype} in rows {first} to {last - 1}",
+                "Choose another --dtype.",
+            )
+        if step.encoder is None:
+            return None
+        if bool(narrow.all()):
             return CheckpointError(
                 f"{matrix.name} holds finite values too large for {step.encoder.name} in rows {first} to {last - 1}",
                 "Choose a symmetric format for it, or keep it with --ignore.",
@@ -207,11 +220,13 @@ def _tile(matrix: Matrix, inputs: Sequence[Tensor], allow_nonfinite: bool) -> Te
     import torch
 
     dtype = torch_dtype(matrix.dtype)
+    # What is not finite in the source counts as zero, what is too large for the dtype does not.
+    own = None if allow_nonfinite and dtype == torch.float16 else dtype
     if isinstance(matrix.source, Decode):
-        tile = matrix.source.format.decode(_parts(matrix.source, inputs), matrix.shape[1], dtype)
+        tile = matrix.source.format.decode(_parts(matrix.source, inputs), matrix.shape[1], own)
     else:
-        tile = inputs[0].to(dtype)
-    return torch.nan_to_num(tile, nan=0.0, posinf=0.0, neginf=0.0) if allow_nonfinite else tile
+        tile = inputs[0] if own is None else inputs[0].to(dtype)
+    return torch.nan_to_num(tile, nan=0.0, posinf=0.0, neginf=0.0).to(dtype) if allow_nonfinite else tile
 
 
 def _parts(source: Decode, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -238,8 +253,9 @@ def _encoding(step: Transcode, peak: float) -> Compute:
             made = step.encoder.retold(source.format, _parts(source, inputs))
         else:
             tile = _tile(step.matrix, inputs, step.allow_nonfinite)
-            if step.encoder is None:
-                return tile, torch.ones((), dtype=torch.bool, device=tile.device)
+            if step.encoder is None:  # only a narrow dtype can make what is finite infinite
+                is_narrow = tile.dtype == torch.float16
+                return tile, torch.isfinite(amax(tile.view(1, -1), 1)) if is_narrow else torch.ones(1, dtype=torch.bool)
             made = step.encoder.encode(tile, peak)
         scales = made[1]
         is_finite = scales != EXPONENT_NAN if scales.dtype == torch.uint8 else torch.isfinite(scales.float())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from moeconv.checkpoint import StoredTensor
@@ -59,6 +59,21 @@ def unit_names(units: Iterable[Unit]) -> list[str]:
             before, behind = integers[:at], integers[at + 1 :]
             rows.update([(*before, expert, *behind) for expert in hits])
     return collapse_rows(groups)
+
+
+def other_names(unit: Unit, modules: Collection[str]) -> set[str]:
+    """What modules of a unit, such as its router, are called in other layouts: engines have names of their own.
+
+    Args:
+        unit: the unit.
+        modules: those of interest, under any of their names.
+    """
+    names: dict[tuple[str, ...], set[str]] = {}
+    for rule in (rule for rules in unit.component.rules.values() for rule in rules if rule.pattern.ids is None):
+        module, _, last = rule.pattern.fill(unit.block, 0).rpartition(".")
+        if last == "weight":
+            names.setdefault(parts_of(rule.value), set()).add(module)
+    return set().union(*(found for found in names.values() if not found.isdisjoint(modules)))
 
 
 def layout_lines(component: Component, layout: str) -> set[tuple[Pattern, tuple[Dim, ...], Expression]]:

@@ -30,7 +30,7 @@ class Fate(NamedTuple):
         keeps: `bytes` where the source's tensors are copied, `codes` where their values are taken, not decoded.
         parts: what the tensors that they become are to the format; None for a plain tensor.
         nbytes: of one in full precision, or of what is copied.
-        is_expert: they are matrices of experts.
+        is_expert: they are matrices of experts, or stacks of such.
         is_piece: each is one of several pieces of a target tensor.
     """
 
@@ -86,10 +86,12 @@ class Fates:
 
     Args:
         dtype: float32 matrices are rounded to this dtype before they are encoded; None to take them as they are.
+        allow_nonfinite: NaN and infinities count as zero, which codes that are kept cannot be made to.
     """
 
-    def __init__(self, dtype: str | None) -> None:
+    def __init__(self, dtype: str | None, allow_nonfinite: bool) -> None:
         self._dtype = dtype
+        self._allow_nonfinite = allow_nonfinite
         self._known: dict[tuple[object, ...], Fate] = {}
 
     def dtype(self, dtype: str) -> str:
@@ -109,7 +111,7 @@ class Fates:
         stored = fill.moves[0].source.encoded if fill.moves else None
         how = None if stored is None else (id(stored.format), *stored.parts)
         is_layer = name.endswith(WEIGHT)
-        key = (dtype, shape, fill.block, id(decision.format), decision.why, how, is_expert and is_layer, is_torn)
+        key = (dtype, shape, fill.block, id(decision.format), decision.why, how, is_layer, is_expert, is_torn)
         fate = self._known.get(key)
         if fate is None:
             fate = self._known[key] = self._fate(fill, decision, stored, is_expert, is_torn)
@@ -124,6 +126,8 @@ class Fates:
         spec, made = fill.target, decision.format
         dtype = self.dtype(spec.dtype)
         keeps = "" if is_torn else kept(stored, made, dtype)
+        if keeps == "codes" and self._allow_nonfinite:
+            keeps = ""
         why = decision.why
         parts: tuple[StoredPart | None, ...] = (None,)
         if made is None:
@@ -135,7 +139,8 @@ class Fates:
             parts = parts_of(made, spec.shape, dtype)
         return Fate(
             made, stored.format if stored is not None else None, why, dtype, keeps, parts,
-            spec._replace(shape=fill.block).nbytes, is_expert and is_matrix(spec), fill.block != spec.shape,
+            spec._replace(shape=fill.block).nbytes, is_expert and (is_matrix(spec) or is_stack(spec)),
+            fill.block != spec.shape,
         )  # fmt: skip
 
 
@@ -160,6 +165,11 @@ def is_layer(spec: Spec) -> bool:
 def is_matrix(spec: Spec) -> bool:
     """One that can be quantized."""
     return is_layer(spec) and spec.dtype in FLOATS
+
+
+def is_stack(spec: Spec) -> bool:
+    """Several matrices in one tensor."""
+    return len(spec.shape) == 3 and spec.dtype in FLOATS
 
 
 def is_same(one: Decoder | None, other: Decoder | None) -> bool:

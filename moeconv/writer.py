@@ -66,6 +66,19 @@ def check_destination(source: Path, destination: Path) -> None:
             )
 
 
+def check_foreign(destination: Path, files: Files) -> None:
+    """Refuse a destination that exists and that moeconv did not make.
+
+    Raises:
+        OutputError: such a destination.
+    """
+    if files.exists(destination) and finished_fingerprint(destination, files) is None:
+        raise OutputError(
+            f"{destination} exists and moeconv did not make it",
+            "Choose another destination, or remove it yourself.",
+        )
+
+
 def _check_apart(source: Path, path: Path, what: str) -> None:
     resolved = Path(os.path.realpath(path))  # also of a circle of links
     if resolved == source or source in resolved.parents or resolved in source.parents:
@@ -115,6 +128,7 @@ class Writer:
         check_destination(self.plan.source.root, self.destination)
         if not self.files.exists(self.destination):
             return False
+        check_foreign(self.destination, self.files)
         made_by = finished_fingerprint(self.destination, self.files)
         if made_by == self.plan.fingerprint:
             damaged = self._damaged()
@@ -126,11 +140,6 @@ class Writer:
                     "Make the folder anew with --overwrite.",
                 )
             return damaged is None
-        if made_by is None:
-            raise OutputError(
-                f"{self.destination} exists and moeconv did not make it",
-                "Choose another destination, or remove it yourself.",
-            )
         if not self.overwrite:
             raise OutputError(
                 f"{self.destination} exists and was made by another plan ({self._difference()})",

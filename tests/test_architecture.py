@@ -18,10 +18,10 @@ ORDER = [
     "__init__", "errors", "files", "device", "tensors", "dims", "names", "ops", "yamldoc", "recipe", "recipe_file",
     "header", "formats.format", "formats.strips", "formats.mx", "formats.rows", "formats.fp8", "formats.fp4",
     "formats.columns", "formats.integers", "formats.probe", "formats", "checkpoint", "encoded", "config_json",
-    "forms", "units", "suspects", "layouts", "moves", "unpacked", "steps", "engines", "scheme", "values", "shards",
-    "plan", "budget", "transcodes", "joined", "fused", "quantize", "explain", "manifest", "selection", "transcoder",
-    "worker", "pool", "writer", "executor", "verify", "inspect", "discover", "drafts", "propose", "sizing",
-    "target", "progress", "options", "process", "commands", "cli_layouts", "cli_quantize", "cli", "__main__",
+    "forms", "units", "suspects", "layouts", "moves", "unpacked", "steps", "engines", "scheme", "values", "choices",
+    "shards", "plan", "budget", "transcodes", "joined", "fused", "quantize", "explain", "manifest", "selection",
+    "transcoder", "worker", "pool", "writer", "executor", "verify", "inspect", "discover", "drafts", "propose",
+    "sizing", "target", "progress", "options", "process", "commands", "cli_layouts", "cli_quantize", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -219,6 +219,57 @@ def test_settings_that_lie_are_found_when_values_are_read(
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "claims", "says"),
+    [
+        (Kind("gptq_v2"), {"checkpoint_format": "marlin"}, "gptq in the form 'marlin' is not known"),
+        (Kind("gptq_v2"), {"checkpoint_format": "gptq_p"}, "gptq in the form 'gptq_p' is not known"),
+        (Kind("round"), {"packing_format": "auto_round:fp8"}, "auto-round in the form 'auto_round:fp8' is not known"),
+        (Kind("gptq"), {"desc_act": True}, "in order of activation (desc_act), and its g_idx is missing"),
+    ],
+    ids=str,
+)
+def test_forms_that_are_not_known_are_refused(tmp_path: Path, kind: Kind, claims: dict[str, Any], says: str) -> None:
+    source, _ = checkpoint(tmp_path / "source", kind, {**kind.config, **claims})
+    tensors = {name: item for name, item in load_file(source / "model.safetensors").items() if "g_idx" not in name}
+    save_file(tensors, source / "model.safetensors")
+    for command in (["dequantize"], ["quantize", "--format", "w4a16_asym", "--group-size", "32"]):
+        assert says in refused(command[0], source, tmp_path / "made", *command[1:], within=tmp_path)
+
+
+def test_one_order_that_is_lost_is_found(tmp_path: Path) -> None:
+    source, _ = checkpoint(tmp_path / "source", Kind("gptq", has_order=True))
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.0.block_sparse_moe.experts.1.w2.g_idx"]
+    save_file(tensors, source / "model.safetensors")
+    message = refused("dequantize", source, tmp_path / "made", within=tmp_path)
+    assert "experts.1.w2: its columns are in order of activation (desc_act), and its g_idx is missing" in message
+    assert "problems" not in message
+
+
+@pytest.mark.parametrize("lost", ["qweight", "scales"])
+def test_what_is_left_of_a_matrix_is_found(tmp_path: Path, lost: str) -> None:
+    """Also where only the file beside config.json says that the model is quantized."""
+    source, _ = checkpoint(tmp_path / "source", Kind("gptq"))
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if name.startswith("model.layers.0.block_sparse_moe.experts.1.w2.")]:
+        tensors[name.replace("block_sparse_moe.experts.1.w2", "self_attn.o_proj")] = tensors[name].clone()
+    del tensors[f"model.layers.0.self_attn.o_proj.{lost}"]
+    save_file(tensors, source / "model.safetensors")
+    assert "model.layers.0.self_attn.o_proj." in refused("dequantize", source, tmp_path / "made", within=tmp_path)
+
+
+def test_zero_points_of_a_symmetric_matrix_are_one_number(tmp_path: Path) -> None:
+    source, _ = checkpoint(tmp_path / "source", Kind("gptq_v2", 4, True))
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.block_sparse_moe.experts.1.w2.qzeros"
+    tensors[name][0, 0] = 0x77777777
+    save_file(tensors, source / "model.safetensors")
+    result = run("dequantize", source, tmp_path / "made")
+    assert result.code == 1
+    assert "its zero points say otherwise" in result.err
+
+
 def test_a_symmetric_matrix_is_read_rightly_whatever_its_format_says(tmp_path: Path) -> None:
     """GPTQ tools have written either zero point under either name; with the wrong one 40 % of a matrix is error."""
     kind = Kind("gptq_v2", 4, True)

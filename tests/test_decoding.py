@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -230,6 +232,69 @@ def test_what_would_be_decoded_wrongly_is_refused(
     broken = save(tmp_path / "broken", tensors, CONFIG | quantization)
     name, *options = command
     assert says in refused(name, broken, tmp_path / "made", *options, within=tmp_path)
+
+
+@pytest.mark.parametrize("command", [["dequantize"], ["quantize", "--format", "w8a16"]], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"transform_config": {"config_groups": {"R2": {"type": "hadamard"}}}}, "weights are rotated"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "weights are stored sparse"),
+    ],
+)
+def test_what_is_done_beside_quantizing_is_refused(
+    tmp_path: Path, command: list[str], settings: dict[str, Any], says: str
+) -> None:
+    source = checkpoint(tmp_path / "source", "channel int8")
+    quantization = {"quantization_config": {"quant_method": "compressed-tensors", **settings}}
+    made = save(tmp_path / "made", folder_tensors(source), CONFIG | quantization)
+    name, *options = command
+    assert says in refused(name, made, tmp_path / "plain", *options, within=tmp_path)
+    harmless = {"transform_config": {}, "sparsity_config": {"format": "dense"}}
+    quantization = {"quantization_config": {"quant_method": "compressed-tensors", **harmless}}
+    succeeds(name, save(tmp_path / "dense", folder_tensors(source), CONFIG | quantization), tmp_path / "b", *options)
+
+
+@pytest.mark.parametrize("has_settings", [False, True])
+def test_codes_are_found_whatever_file_says_that_there_are_any(tmp_path: Path, has_settings: bool) -> None:
+    source = checkpoint(tmp_path / "source", "modelopt_nvfp4")
+    tensors = folder_tensors(source) | {f"{ATTENTION}.weight": torch.ones(H, H // 2, dtype=torch.uint8)}
+    broken = save(tmp_path / "broken", tensors, CONFIG)
+    if has_settings:
+        (broken / "hf_quant_config.json").write_text("{}")
+        assert f"{ATTENTION}.weight U8" in refused("dequantize", broken, tmp_path / "made", within=tmp_path)
+    else:
+        succeeds("dequantize", broken, tmp_path / "made")
+
+
+@pytest.mark.parametrize("word", ["input_quantizer._pre_quant_scale", "svdquant_lora_a", "smooth_scale"])
+def test_factors_beside_codes_are_refused(tmp_path: Path, word: str) -> None:
+    source = checkpoint(tmp_path / "source", "modelopt_nvfp4")
+    tensors = folder_tensors(source)
+    name = next(name for name in tensors if name.endswith("experts.1.up_proj.weight"))
+    tensors[name.removesuffix("weight") + word] = torch.ones(H)
+    broken = save(tmp_path / "broken", tensors, CONFIG)
+    assert word in refused("dequantize", broken, tmp_path / "made", within=tmp_path)
+
+
+def test_eight_bits_with_exponents_are_read_as_minimax_says(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "source", "mxfp8_ct")
+    tensors = {n.replace("weight_scale", "weight_scale_inv"): t for n, t in folder_tensors(source).items()}
+    succeeds("dequantize", source, tmp_path / "plain")
+    for settings in ({"quant_method": "mxfp8"}, {"quant_method": "fp8", "weight_block_size": [1, 32]}):
+        method = settings["quant_method"]
+        other = save(tmp_path / str(method), tensors, CONFIG | {"quantization_config": settings})
+        succeeds("dequantize", other, tmp_path / f"{method}-plain")
+        assert read_folder(tmp_path / f"{method}-plain") == read_folder(tmp_path / "plain")
+
+
+def test_four_bits_are_read_under_the_name_that_transformers_gives_to_scales(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "source", "fp4_scale")
+    tensors = {re.sub(r"\.scale$", ".weight_scale_inv", n): t for n, t in folder_tensors(source).items()}
+    other = save(tmp_path / "other", tensors, CONFIG)
+    for name, folder in (("a", source), ("b", other)):
+        succeeds("dequantize", folder, tmp_path / name)
+    assert read_folder(tmp_path / "a") == read_folder(tmp_path / "b")
 
 
 @pytest.mark.parametrize("command", ["dequantize", "pack"])

@@ -315,8 +315,8 @@ def test_rules_give_parts_of_a_model_different_formats(sources: dict[str, Path],
     config = config_of(made)["quantization_config"]
     assert config["format"] == "mixed-precision"
     by_format = {group["format"]: group["targets"] for group in config["config_groups"].values()}
-    assert r"re:^model\.layers\.\d+\.mlp\.experts\.\d+\.up_proj$" in by_format["pack-quantized"]
-    assert r"re:^model\.layers\.\d+\.self_attn\.q_proj$" in by_format["float-quantized"]
+    assert r"re:^(?:.*\.)?layers\.\d+\.mlp\.experts\.\d+\.up_proj$" in by_format["pack-quantized"]
+    assert r"re:^(?:.*\.)?layers\.\d+\.self_attn\.q_proj$" in by_format["float-quantized"]
     model = transformers.AutoModelForCausalLM.from_pretrained(made, dtype=torch.bfloat16)
     wanted = decoded(made)
     gate = wanted["model.layers.1.mlp.experts.3.gate_proj.weight"].to(torch.bfloat16)
@@ -375,7 +375,7 @@ def test_rules_for_single_layers_become_groups_that_do_not_overlap(
             "experts.0.down_proj.weight would be w8a16 and model.layers.1.mlp.experts.1.",
         ),
         ('"*.experts.0.*", format: w4a16, group_size: 32', "engines hold all experts of a layer together"),
-        ('"*.q_a_proj", format: w4a16', "kv_a_proj_with_mqa.weight kept; engines fuse the two"),
+        ('"*.q_a_proj", format: w4a16', "its kv_a_proj_with_mqa kept; engines fuse the two"),
     ],
 )
 def test_rules_that_tear_apart_what_engines_fuse(
@@ -646,3 +646,36 @@ def test_what_is_fp8_already_keeps_how_its_scales_are_meant(sources: dict[str, P
     succeeds("quantize", tmp_path / "made", tmp_path / "again", "--format", "fp8")
     assert config_of(tmp_path / "again")["quantization_config"]["scale_fmt"] == "ue8m0"
     assert read_folder(tmp_path / "again") == read_folder(tmp_path / "made")
+
+
+@pytest.mark.parametrize("allow", [(), ("--allow-nonfinite",)])
+def test_what_is_too_large_for_a_dtype_is_said_and_never_zero(
+    sources: dict[str, Path], tmp_path: Path, allow: tuple[str, ...]
+) -> None:
+    tensors = {name: item.float() for name, item in folder_tensors(sources["mixtral"]).items()}
+    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    tensors[name][3, 5] = 1e6
+    source = save(tmp_path / "source", tensors, config_of(sources["mixtral"]) | {"dtype": "float32"})
+    options = ("--format", "w8a16", *allow)
+    result = run("quantize", source, tmp_path / "made", *options, "--dtype", "float16")
+    assert result.code == 1
+    assert f"{name} holds values too large for F16 in rows" in result.err
+    succeeds("quantize", source, tmp_path / "wide", *options, "--dtype", "bfloat16")
+    result = run("dequantize", tmp_path / "wide", tmp_path / "plain", "--dtype", "float16")
+    assert result.code == 1
+    assert f"{name} holds values too large for F16 in rows" in result.err
+
+
+def test_codes_that_mean_nan_can_be_counted_as_zero(sources: dict[str, Path], tmp_path: Path) -> None:
+    succeeds("quantize", sources["mixtral"], tmp_path / "first", "--format", "modelopt_nvfp4")
+    tensors = folder_tensors(tmp_path / "first")
+    module = "model.layers.1.block_sparse_moe.experts.2.w2"
+    tensors[f"{module}.weight_scale"].view(torch.uint8)[3, 1] = 0x7F
+    broken = save(tmp_path / "broken", tensors, config_of(tmp_path / "first"))
+    result = run("quantize", broken, tmp_path / "made", "--format", "nvfp4a16")
+    assert result.code == 1
+    assert "--allow-nonfinite" in result.err
+    succeeds("quantize", broken, tmp_path / "made", "--format", "nvfp4a16", "--allow-nonfinite", "--overwrite")
+    row = decoded(tmp_path / "made")[f"{module}.weight"][3]
+    assert row.isfinite().all()
+    assert (row[16:32] == 0).all()

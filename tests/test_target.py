@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from moeconv.errors import PlanError
 from moeconv.formats import Probe, make_format
@@ -44,7 +45,7 @@ def summed_error(source: Path, made: Path) -> float:
 
 
 def nbytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.name != "moeconv.json")
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,8 @@ def test_what_is_ignored_is_kept(sources: dict[str, Path], tmp_path: Path) -> No
     target = int(nbytes(sources["mixtral"]) * 0.8)
     succeeds("quantize", sources["mixtral"], tmp_path / "made", "--target-size", target, *options)
     assert not any(".layers.0." in name for name in folder_tensors(tmp_path / "made") if "packed" in name)
-    assert "layers.0." not in (tmp_path / "made.recipe.yaml").read_text()
+    rules = (tmp_path / "made.recipe.yaml").read_text().partition("# To make")[0]
+    assert "layers.0." not in rules
 
 
 def test_fp8_is_taken_in_the_form_that_can_be_mixed(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -145,6 +147,76 @@ def test_fp8_is_taken_in_the_form_that_can_be_mixed(sources: dict[str, Path], tm
     result = succeeds("quantize", sources["mixtral"], tmp_path / "made", *options)
     assert "fp8_dynamic is taken" in result.err
     assert config_of(tmp_path / "made")["quantization_config"]["quant_method"] == "compressed-tensors"
+
+
+def test_options_of_formats_are_written_as_recipes_have_them(sources: dict[str, Path], tmp_path: Path) -> None:
+    target = int(nbytes(sources["mixtral"]) * 0.8)
+    options = ("--target-size", target, "--formats", "fp8", "--ue8m0")
+    succeeds("quantize", sources["mixtral"], tmp_path / "made", *options)
+    assert "ue8m0: true" in (tmp_path / "made.recipe.yaml").read_text()
+    options = ("--target-size", target, "--formats", "w4a16", "--formats", "nvfp4a16", "--scale", "four_over_six")
+    succeeds("quantize", sources["mixtral"], tmp_path / "other", *options)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.35, 0.5, 0.75])
+def test_many_files_do_not_make_it_larger_and_the_command_can_be_repeated(
+    sources: dict[str, Path], uniform: dict[str, dict[str, Path]], tmp_path: Path, share: float
+) -> None:
+    least = nbytes(uniform["qwen3_moe"]["mxfp4a16"])
+    target = int(least * 1.02 + share * (nbytes(sources["qwen3_moe"]) - least))
+    options = ("--target-size", target, "--formats", ",".join(FORMATS), "--max-shard-size", "100kB")
+    assert run("quantize", sources["qwen3_moe"], tmp_path / "made", *options, "--dry-run").code == 0
+    succeeds("quantize", sources["qwen3_moe"], tmp_path / "made", *options)
+    assert len(list((tmp_path / "made").glob("*.safetensors"))) > 5
+    assert nbytes(tmp_path / "made") <= target
+    assert "already up to date" in succeeds("quantize", sources["qwen3_moe"], tmp_path / "made", *options).out
+    recipe = tmp_path / "made.recipe.yaml"
+    (words,) = re.findall("# To make the same again, give --recipe together with (.*)", recipe.read_text())
+    again = succeeds("quantize", sources["qwen3_moe"], tmp_path / "made", "--recipe", recipe, *words.split())
+    assert "already up to date" in again.out
+
+
+@pytest.mark.parametrize("name", ["w4a16", "nvfp4a16", "fp8_dynamic"])
+def test_a_size_that_one_format_makes_can_be_had_to_the_byte(
+    sources: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    succeeds("quantize", sources["mixtral"], tmp_path / "one", "--format", name)
+    # Only the manifests differ: rules are longer than a name, and each command has words of its own.
+    spare = 3000
+    target = nbytes(tmp_path / "one") + spare
+    succeeds("quantize", sources["mixtral"], tmp_path / "made", "--target-size", target, "--formats", name)
+    assert nbytes(tmp_path / "made") <= target
+    one, made = folder_tensors(tmp_path / "one"), folder_tensors(tmp_path / "made")
+    assert one.keys() == made.keys()
+
+
+def test_scales_that_do_not_fit_together_are_measured_as_they_are_encoded(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    succeeds("quantize", sources["mixtral"], tmp_path / "first", "--format", "nvfp4a16")
+    tensors = folder_tensors(tmp_path / "first")
+    for name in [name for name in tensors if name.endswith("w1.weight_global_scale")]:
+        tensors[name] = tensors[name] * 0.7
+    for path in (tmp_path / "first").glob("*.safetensors*"):
+        path.unlink()
+    (tmp_path / "first" / "moeconv.json").unlink()
+    save_file(tensors, tmp_path / "first" / "model.safetensors")
+    target = nbytes(tmp_path / "first") + 30_000
+    options = ("--target-size", target, "--formats", "nvfp4a16")
+    result = succeeds("quantize", tmp_path / "first", tmp_path / "made", *options)
+    assert "they are encoded anew" in result.err
+    assert float(re.search(r"summed error (\S+)", (tmp_path / "made.recipe.yaml").read_text())[1]) > 1e-4  # type: ignore[index]
+
+
+def test_what_stands_in_the_way_is_found_before_anything_is_measured(sources: dict[str, Path], tmp_path: Path) -> None:
+    options = ("--target-size", nbytes(sources["mixtral"]) // 2, "--formats", "w4a16,w8a16")
+    (tmp_path / "made").mkdir()
+    assert "moeconv did not make it" in run("quantize", sources["mixtral"], tmp_path / "made", *options).err
+    (tmp_path / "other.recipe.yaml").write_bytes(b"\xff\xfe")
+    assert "exists and is no recipe" in run("quantize", sources["mixtral"], tmp_path / "other", *options).err
+    small = ("--target-size", "100kB", "--formats", "w4a16")
+    assert "the smallest folder" in run("quantize", sources["mixtral"], tmp_path / "small", *small).err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "other.recipe.yaml"]
 
 
 WRONG = [
@@ -170,7 +242,7 @@ def test_a_command_line_that_cannot_be_right(
 def test_a_size_that_nothing_fits_names_the_least(sources: dict[str, Path], tmp_path: Path) -> None:
     result = run("quantize", sources["mixtral"], tmp_path / "made", "--target-size", "200kB", "--formats", "w4a16")
     assert result.code == 1
-    assert "the smallest that these formats can make" in result.err
+    assert "the smallest folder that these formats can make is" in result.err
     assert not (tmp_path / "made").exists()
 
 

@@ -98,7 +98,7 @@ class ColumnInt(Decoder):
         middle = 1 << self.bits - 1
         if not self.is_symmetric:
             zeros = zeros.add(self.offset).bitwise_and((1 << self.bits) - 1)
-        elif not bool(((zeros == middle) | (zeros == middle - 1)).all()):
+        elif not any(bool((zeros == stored).all()) for stored in (middle, middle - 1)):
             raise FormatError("config.json says that it is symmetric (sym), and its zero points say otherwise")
         else:
             zeros = torch.full_like(zeros, middle)

@@ -364,6 +364,8 @@ FP4_DIALECTS = (
     GroupFp4("modelopt_mxfp4", 32, ("weight", "U8"), ("weight_scale", "U8")),
     GroupFp4("fp4_e8m0", 32, ("weight", "I8"), ("scale", "F8_E8M0")),
     GroupFp4("fp4_e8m0", 32, ("weight", "I8"), ("scale", "U8")),
+    GroupFp4("fp4_e8m0", 32, ("weight", "I8"), ("weight_scale_inv", "F8_E8M0")),
+    GroupFp4("fp4_e8m0", 32, ("weight", "I8"), ("weight_scale_inv", "U8")),
     NvFp4(),
     ModelOptNvFp4(),
     ModelOptNvFp4(is_number=False),

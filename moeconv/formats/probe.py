@@ -26,7 +26,7 @@ class Probe(Format):
         formats: what is to be tried.
     """
 
-    name = "errors"
+    name = "quantized"  # in messages: to one of several formats
     quant_method = "none"
 
     def __init__(self, formats: Sequence[Format]) -> None:
