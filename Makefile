@@ -10,7 +10,7 @@ VLLM_VENV ?= .venv-vllm
 LLMCOMPRESSOR_VENV ?= .venv-llmcompressor
 BENCH_DIR ?= build/bench
 
-.PHONY: demo install test check lint type fmt test-vllm test-loss loss bench bench-memory bench-plans bench-llmcompressor golden
+.PHONY: demo install test check lint type fmt test-vllm test-loss loss bench bench-memory bench-plans bench-llmcompressor bench-nf4 golden
 .PHONY: clean
 
 demo: $(INSTALLED)
@@ -68,6 +68,11 @@ bench: $(INSTALLED)
 
 bench-plans: $(INSTALLED)
 	$(BIN)/python tests/bench/plans.py $(BENCH_DIR)
+
+# transformers and bitsandbytes: NF4 as fast as its library, and what it takes on disk and in memory.
+bench-nf4: $(INSTALLED_FOR_TESTS)
+	$(BIN)/python tests/bench/bitsandbytes.py $(BENCH_DIR)
+	$(BIN)/python tests/bench/loading.py $(BENCH_DIR)
 
 bench-memory: $(INSTALLED)
 	$(BIN)/python tests/bench/memory.py $(BENCH_DIR)

@@ -31,6 +31,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+from bitsandbytes.nn import Linear8bitLt
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Module
@@ -38,6 +40,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from transformers.utils import logging
 
+import moeconv.transformers  # reads nf4 and fp4
 from moeconv.engines import format_readings
 from moeconv.formats import FORMATS
 
@@ -51,7 +54,12 @@ CONFIG = {
 TRAINING = {"seed": 0, "steps": 600, "batch": 8, "rate": 3e-3, "warmup": 50, "weight_decay": 0.1, "balance": 0.01}
 WINDOW, WINDOWS = 256, 256
 #: What is tried of each option that a format can take.
-OPTIONS = {"ue8m0": ("--ue8m0",), "group_size": ("--group-size", "32")}
+OPTIONS = {
+    "ue8m0": ("--ue8m0",), "group_size": ("--group-size", "32"), "double_quant": ("--double-quant",),
+    "experts": ("--experts", "per-expert"),
+}  # fmt: skip
+#: What a format cannot do without.
+NEEDED = {"int8": ("--experts", "keep")}
 #: Sizes that formats are chosen for, as shares of the source's, and what is chosen from.
 TARGETS = (0.33, 0.42, 0.55)
 TARGET_FORMATS = ("fp8_dynamic", "w8a16", "w4a16", "mxfp4a16", "nvfp4a16")
@@ -92,12 +100,12 @@ def variants() -> Iterator[Variant]:
     for name, (_, takes) in FORMATS.items():
         tried = [((), *_tried(option, words)) for option, words in takes.items()]
         for chosen in product(*tried):
-            yield Variant(name, sum(chosen, ()))
+            yield Variant(name, sum(chosen, NEEDED.get(name, ())))
 
 
 def _tried(option: str, words: object) -> list[tuple[str, ...]]:
     """Values of an option that are not its default, as typed."""
-    return [("--scale", word) for word in words[1:]] if isinstance(words, tuple) else [OPTIONS[option]]
+    return [("--scale", word) for word in words[1:]] if option == "search" else [OPTIONS[option]]
 
 
 @cache
@@ -170,6 +178,18 @@ def load(folder: Path) -> Module:
     return Module.float(model)  # its own `float` refuses quantized models
 
 
+def value(model: Module, name: str) -> Tensor:
+    """A parameter, decoded where the model holds it quantized."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    found = getattr(module, leaf)
+    if getattr(found, "quant_state", None) is not None:
+        return dequantize_4bit(found.data, found.quant_state).float()
+    if isinstance(module, Linear8bitLt) and leaf == "weight":
+        return int8_vectorwise_dequant(found.data, module.state.SCB).bfloat16().float()
+    return found.float()
+
+
 def _windows() -> Tensor:
     held_out = texts()[1]
     places = torch.linspace(0, len(held_out) - WINDOW, WINDOWS).long()
@@ -216,10 +236,9 @@ def measure(variant: Variant, source: Path) -> Measured:
     engines = format_readings({"model_type": Qwen3MoeConfig.model_type}, [variant.name])
     reads = {engine.engine.split()[0]: engine.reads for engine in engines}
     read_losses = None
-    if reads["transformers"] == "yes":
+    if reads["transformers"] == "yes" and "per-expert" not in variant.options:
         reader = load(made)
-        found = dict(reader.named_parameters())
-        other = [name for name, item in model.named_parameters() if not torch.equal(found[name], item)]
+        other = [name for name, item in model.named_parameters() if not torch.equal(value(reader, name), item)]
         if other:
             raise RuntimeError(f"{variant}: transformers reads other values of {', '.join(other)}")
         read_losses = losses(reader)

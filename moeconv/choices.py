@@ -45,7 +45,8 @@ class Choices:
     def is_any_quantized(self, changes: Sequence[Change]) -> bool:
         """Whether a matrix of experts gets a format. All are asked, so that rules that name one count as used."""
         experts = [made for made in changes if set(made.unit.component.parts) & set(self._recipe.part_ids)]
-        asked = [(made.unit.block, spec) for made in experts for spec in made.targets if is_matrix(spec)]
+        held = [(made.unit.block, spec) for made in experts for spec in made.targets]
+        asked = [(block, spec) for block, spec in held if is_matrix(spec) or is_stack(spec)]
         named = [(block, self._decider.decide(module_of(spec), is_expert=True)) for block, spec in asked]
         self._kept_why = {block: decision.why for block, decision in named if not decision.format}
         return any(decision.format for _, decision in named)
@@ -62,7 +63,8 @@ class Choices:
         """
         decisions: dict[str, Decision] = {}
         for fill in fills:
-            decisions[fill.target.name] = self._decide(fill.target, blocks.get(fill.target.name))
+            if fill.target.name not in decisions or not fill.at:  # all pieces of a tensor get one format
+                decisions[fill.target.name] = self._decide(fill, blocks.get(fill.target.name))
         self._problems += [
             Problem(f"{line} cannot be {why}", "Choose another format or group size for it, or keep it with --ignore.")
             for why, names in self._refused.items()
@@ -72,12 +74,12 @@ class Choices:
         self._check_experts(decisions, stacks)
         return decisions
 
-    def _decide(self, spec: Spec, block: str | None) -> Decision:
+    def _decide(self, fill: Fill, block: str | None) -> Decision:
         """The format of a target; `block` is that of an expert's tensor."""
-        is_expert = block is not None
+        spec, is_expert = fill.target, block is not None
         if not is_matrix(spec):
             if is_stack(spec) and block is not None:
-                return Decision(None, self._kept_why.get(block, "kept with its layer's experts"))
+                return self._decide_stack(fill, block)
             is_unknown = is_stack(spec) and self._decider.kept(module_of(spec)) is None
             return Decision(None, STACK if is_unknown else "no matrix of full precision")
         decision = self._decider.decide(module_of(spec), is_expert=is_expert)
@@ -85,6 +87,13 @@ class Choices:
             return decision
         if decision.is_named and not is_expert and self._decider.kept(module_of(spec)) is not None:
             self.overridden.append(module_of(spec))
+        if decision.format.experts_kept and is_expert:
+            why = "engines have no experts of that kind; --experts keep leaves them as they are"
+            self._refused.setdefault(f"{decision.format.name}: {why}", []).append(spec.name)
+            return Decision(None, f"experts cannot be {decision.format.name}")
+        if decision.format.is_packed and is_expert:
+            self._refused.setdefault(f"{decision.format.name}: its experts would be one tensor", []).append(spec.name)
+            return Decision(None, f"only packed experts can be {decision.format.name}")
         if decision.format.experts_only and not is_expert:
             self._refused.setdefault(f"{decision.format.name}: only experts can have it", []).append(spec.name)
             return Decision(None, f"only experts can be {decision.format.name}")
@@ -94,6 +103,19 @@ class Choices:
         if is_expert or decision.is_named:
             self._refused.setdefault(f"{decision.format.name}: {refused}", []).append(spec.name)
         return Decision(None, f"{refused}, so not {decision.format.name}")
+
+    def _decide_stack(self, fill: Fill, block: str) -> Decision:
+        """The format of experts in one tensor, which only few formats can have."""
+        spec = fill.target
+        decision = self._decider.decide(module_of(spec), is_expert=True)
+        made = decision.format
+        if made is None or not made.is_packed:
+            return Decision(None, self._kept_why.get(block, "kept with its layer's experts"))
+        refused = made.refusal(spec.shape[1:], self._fates.dtype(spec.dtype)) or made.expert_refusal(spec.shape[1:])
+        if refused is None:
+            return decision
+        self._refused.setdefault(f"{made.name}: {refused}", []).append(spec.name)
+        return Decision(None, f"{refused}, so not {made.name}")
 
     def _keep_together(self, decisions: dict[str, Decision]) -> None:
         """What engines fuse is quantized together or not at all."""

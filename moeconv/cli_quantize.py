@@ -13,8 +13,10 @@ from moeconv.options import (
     DecodedDtypeOption,
     Destination,
     DeviceOption,
+    DoubleOption,
     DryRunOption,
     DtypeOption,
+    ExpertsOption,
     FormatOption,
     FormatsOption,
     GroupOption,
@@ -49,16 +51,19 @@ if TYPE_CHECKING:
 def _plan_quantize(
     source: Path, recipe: str | None, layout: str | None, include: Sequence[str] | None, max_shard_size: str,
     jobs: int | None, max_memory: str | None, format_: str | None, ignore: Sequence[str] | None,
-    only: Sequence[str] | None, group_size: int | None, scale: str | None, ue8m0: bool, dtype: str | None,
-    allow_nonfinite: bool, device: str, max_vram: str | None,
+    only: Sequence[str] | None, group_size: int | None, scale: str | None, ue8m0: bool, double_quant: bool,
+    experts: str | None, dtype: str | None, allow_nonfinite: bool, device: str, max_vram: str | None,
 ) -> Plan:  # fmt: skip
     from moeconv.quantize import plan_quantize
     from moeconv.scheme import build_scheme
 
-    wanted = {"group_size": group_size, "search": scale, "ue8m0": ue8m0 or None}
+    wanted = {
+        "group_size": group_size, "search": scale, "ue8m0": ue8m0 or None, "double_quant": double_quant or None,
+        "experts": None if experts == "keep" else experts,
+    }  # fmt: skip
     scheme, recipe = build_scheme(
         format_, {name: value for name, value in wanted.items() if value is not None}, recipe, tuple(ignore or ()),
-        tuple(only or ()), parse_dtype(dtype), allow_nonfinite,
+        tuple(only or ()), parse_dtype(dtype), allow_nonfinite, experts == "keep",
     )  # fmt: skip
     checkpoint, found, options = open_source(
         source, recipe, layout, include, max_shard_size, jobs, max_memory, device, max_vram
@@ -117,7 +122,8 @@ def quantize(
     source: Source, destination: Destination, format_: FormatOption = None,
     target_size: TargetOption = None, formats: FormatsOption = None,
     ignore: IgnoreOption = None, only: OnlyOption = None, group_size: GroupOption = None, scale: ScaleOption = None,
-    ue8m0: Ue8m0Option = False, dtype: DtypeOption = None, allow_nonfinite: NonfiniteOption = False,
+    ue8m0: Ue8m0Option = False, double_quant: DoubleOption = False, experts: ExpertsOption = None,
+    dtype: DtypeOption = None, allow_nonfinite: NonfiniteOption = False,
     recipe: RecipeOption = None, layout: LayoutOption = None, include: IncludeOption = None,
     max_shard_size: ShardOption = "5GB", jobs: JobsOption = None, max_memory: MemoryOption = None,
     device: DeviceOption = "auto", max_vram: VramOption = None, as_json: JsonOption = False,
@@ -132,6 +138,8 @@ def quantize(
     if target_size is not None or formats:
         if target_size is None or not formats or format_ is not None:
             raise UsageError("--target-size and --formats go together, and without --format", "Write both, or neither.")
+        if double_quant or experts is not None:
+            raise UsageError("--double-quant and --experts go with --format, not with --formats", "Leave them out.")
         with start_pool(jobs, device) as pool:
             made, measured = _plan_for_size(
                 source, destination, recipe, layout, include, max_shard_size, jobs, max_memory, target_size, formats,
@@ -144,7 +152,7 @@ def quantize(
     with start_pool(jobs, device, dry_run) as pool:
         made = _plan_quantize(
             source, recipe, layout, include, max_shard_size, jobs, max_memory, format_, ignore, only, group_size,
-            scale, ue8m0, dtype, allow_nonfinite, device, max_vram,
+            scale, ue8m0, double_quant, experts, dtype, allow_nonfinite, device, max_vram,
         )  # fmt: skip
         show_or_run(made, destination, as_json, dry_run, no_fsync, overwrite, pool)
 
@@ -172,7 +180,8 @@ def dequantize(
 def plan_quantize_command(
     source: Source, destination: OptionalDestination = None, format_: FormatOption = None,
     ignore: IgnoreOption = None, only: OnlyOption = None, group_size: GroupOption = None, scale: ScaleOption = None,
-    ue8m0: Ue8m0Option = False, dtype: DtypeOption = None, allow_nonfinite: NonfiniteOption = False,
+    ue8m0: Ue8m0Option = False, double_quant: DoubleOption = False, experts: ExpertsOption = None,
+    dtype: DtypeOption = None, allow_nonfinite: NonfiniteOption = False,
     recipe: RecipeOption = None, layout: LayoutOption = None, include: IncludeOption = None,
     max_shard_size: ShardOption = "5GB", jobs: JobsOption = None, max_memory: MemoryOption = None,
     device: DeviceOption = "auto", max_vram: VramOption = None, as_json: JsonOption = False,
@@ -180,7 +189,7 @@ def plan_quantize_command(
     """What `moeconv quantize` would do."""
     made = _plan_quantize(
         source, recipe, layout, include, max_shard_size, jobs, max_memory, format_, ignore, only, group_size,
-        scale, ue8m0, dtype, allow_nonfinite, device, max_vram,
+        scale, ue8m0, double_quant, experts, dtype, allow_nonfinite, device, max_vram,
     )  # fmt: skip
     show_plan(made, destination or source.resolve().parent, as_json=as_json)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from moeconv import __version__
 from moeconv.checkpoint import CONFIG
 from moeconv.encoded import CONFIG_DTYPES, MODELOPT_SETTINGS, quantization_config
-from moeconv.formats import Format
+from moeconv.formats import METHOD, Format
 
 
 class Group(NamedTuple):
@@ -89,6 +89,10 @@ def _quantization_config(groups: Sequence[Group], kept: Sequence[str]) -> dict[s
     first = groups[0].format
     if first.quant_method in ("fp8", "mxfp4"):
         return {"quant_method": first.quant_method, **first.settings(), "modules_to_not_convert": kept}
+    if first.quant_method == "bitsandbytes":
+        return {"quant_method": "bitsandbytes", **first.settings(), "llm_int8_skip_modules": _ignored(groups, kept)}
+    if first.quant_method == METHOD:
+        return {"quant_method": METHOD, **first.settings(), "modules_to_not_convert": kept}
     if first.quant_method == "modelopt":
         settings = first.settings()
         return {

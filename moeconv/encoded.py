@@ -17,18 +17,21 @@ from moeconv.errors import Problem
 from moeconv.formats import (
     FLOATS,
     FP4_DIALECTS,
+    METHOD,
     BlockFp8,
     ChannelFp8,
     ChannelInt8,
     ColumnInt,
     Decoder,
     FineGrainedFp8,
+    LlmInt8,
     ModelOptFp8,
     MxFp8,
     PackedInt,
     StoredPart,
     TensorFp8,
 )  # fmt: skip
+from moeconv.states import stated_view
 from moeconv.tensors import Shape, Spec
 
 #: Files beside config.json that say how the matrices are quantized.
@@ -69,7 +72,7 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
     """
     quantization = quantization_config(source.config)
     method = str(quantization.get("quant_method", "")).lower()
-    if method not in ("", "fp8", "mxfp8", "compressed-tensors", "mxfp4", "modelopt", *_COLUMN_METHODS):
+    if method not in _METHODS:
         problems.append(
             Problem(
                 f"{source.root} is quantized as {method!r}, which cannot be decoded yet",
@@ -82,6 +85,7 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
         for key, what in _ALTERED.items()
         if isinstance(said := quantization.get(key), Mapping) and said and said.get("format") != "dense"
     ]
+    source = stated_view(source, problems, dtype)
     modules, tensors = _by_module(source.tensors)
     is_quantized = bool(quantization) or any(file.path in SETTINGS for file in source.sidecars)
     usual = model_dtype(source.config)
@@ -139,7 +143,7 @@ def _by_module(
     others: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         module, _, word = name.rpartition(".")
-        if word in _WORDS and module:
+        if word in _WORDS and module and tensor.encoded is None:
             if module in modules:
                 modules[module][word] = tensor
             else:
@@ -158,7 +162,7 @@ def _sorted_words(words: tuple[str, ...], has_codes: bool) -> tuple[tuple[str, .
     tells = (
         not {"weight_scale_inv", "weight_scale", "weight_scales"}.isdisjoint(words)
         or {"scales", "qweight"} <= set(words)
-        or ("scale" in words and has_codes)
+        or (not {"scale", "SCB"}.isdisjoint(words) and has_codes)
     )
     if not tells:
         return (), ()
@@ -179,7 +183,12 @@ _ALTERED = {
 _SUFFIXES = (
     "weight", "weight_packed", "weight_blocks", "weight_scale_inv", "weight_scale", "weight_scales", "scale",
     "weight_zero_point", "weight_shape", "weight_global_scale", "weight_scale_2",
-    "qweight", "qzeros", "scales", "g_idx",
+    "qweight", "qzeros", "scales", "g_idx", "SCB", "weight_format",
+)  # fmt: skip
+#: What `quant_method` may be.
+_METHODS = (
+    "", "fp8", "mxfp8", "compressed-tensors", "mxfp4", "modelopt", "awq", "gptq", "auto-round", "auto_round",
+    "intel/auto-round", "bitsandbytes", METHOD,
 )  # fmt: skip
 #: Methods whose matrices have their input axis first.
 _COLUMN_METHODS = ("awq", "gptq", "auto-round", "auto_round", "intel/auto-round")
@@ -220,7 +229,7 @@ def _format_of(
     for shape, made in _candidates(specs, schemes):
         scale = specs.get("weight_scale")
         wanted = {part.suffix: part for part in made.parts(shape, scale.dtype if scale else "")}
-        needed = {suffix for suffix in wanted if suffix != "weight_shape"}
+        needed = {suffix for suffix in wanted if suffix not in ("weight_shape", "weight_format")}
         if needed <= set(specs) <= set(wanted) and all(_is_part(spec, wanted[key]) for key, spec in specs.items()):
             return shape, made
     shown = ", ".join(f"{suffix} {spec.dtype} {list(spec.shape)}" for suffix, spec in specs.items())
@@ -250,6 +259,8 @@ def _candidates(specs: Mapping[str, Spec], schemes: Sequence[Mapping[str, Any]])
                 yield codes.shape, ModelOptFp8(len(scale.shape) == 4)
             if scale.shape in ((), (1,)):
                 yield codes.shape, TensorFp8(scale.shape, suffix, scale.dtype)
+    if "SCB" in specs:
+        yield codes.shape, LlmInt8()
     if scale is not None and codes.dtype == "I8" and scale.dtype in FLOATS:
         yield codes.shape, ChannelInt8()
     if codes.dtype == "I32":

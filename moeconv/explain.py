@@ -16,7 +16,7 @@ from moeconv.ops import Part
 from moeconv.plan import Plan
 from moeconv.tensors import Spec, total_nbytes
 from moeconv.units import Unit, unit_names
-from moeconv.values import Value, alike, nbytes_of
+from moeconv.values import Value, alike, nbytes_of, part_name
 
 SCHEMA_VERSION = 1
 
@@ -126,8 +126,9 @@ def _target_names(kinds: Iterable[Sequence[Value]]) -> _Named:
     """What is written."""
     named: _Named = {}
     for kind in kinds:
-        stem = kind[0].fill.target.name.removesuffix("weight")
-        words = tuple([spec.name.removeprefix(stem) for spec in kind[0].specs]) if kind[0].format else _PLAIN
+        value = kind[0]
+        parts = value.source.parts if value.source and value.fate.keeps == "bytes" else {}
+        words = tuple(parts) or tuple([part.suffix for part in value.fate.parts if part]) or _PLAIN
         named.setdefault(words, {}).update(dict.fromkeys([value.fill.target.name for value in kind]))
     return named
 
@@ -138,7 +139,7 @@ def _names(named: _Named) -> tuple[str, ...]:
     for words, names in named.items():
         lines = _collapsed(tuple(names))
         found |= dict.fromkeys(
-            lines if words == _PLAIN else [line.removesuffix("weight") + word for line in lines for word in words]
+            lines if words == _PLAIN else [part_name(line, word) for line in lines for word in words]
         )
     return tuple(found)
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from moeconv.checkpoint import Checkpoint
+from moeconv.checkpoint import Checkpoint, StoredTensor
+from moeconv.errors import Problem
 from moeconv.explain import count, size
 from moeconv.layouts import find_units
 from moeconv.names import collapse
 from moeconv.recipe import Recipe
+from moeconv.states import stated_view
 from moeconv.units import Unit
 
 
 def inspect_json(source: Checkpoint, recipe: Recipe | None, layout: str | None = None) -> dict[str, Any]:
     """The checkpoint as JSON. Without a recipe nothing is said of experts."""
-    found = find_units(source, recipe, layout) if recipe else None
+    problems: list[Problem] = []
+    shown = stated_view(source, problems)
+    found = find_units(shown, recipe, layout) if recipe else None
     dtypes: Counter[str] = Counter()
     for tensor in source.tensors.values():
         dtypes[tensor.spec.dtype] += tensor.spec.nbytes
@@ -27,10 +31,10 @@ def inspect_json(source: Checkpoint, recipe: Recipe | None, layout: str | None =
         "architectures": source.config.get("architectures"),
         "recipe": recipe.name if recipe else None,
         "experts": _experts(list(found.units)) if found else [],
-        "problems": [str(problem) for problem in found.problems] if found else [],
+        "problems": [str(problem) for problem in (*problems, *(found.problems if found else ()))],
         "tensors": len(source.tensors),
         "bytes": source.nbytes,
-        "expert_bytes": sum(t.spec.nbytes for unit in found.units for t in unit.tensors() if _is_stacked(unit, recipe))
+        "expert_bytes": sum(_nbytes(t) for unit in found.units for t in unit.tensors() if _is_stacked(unit, recipe))
         if found and recipe
         else None,
         "bytes_by_dtype": dict(dtypes.most_common()),
@@ -46,10 +50,19 @@ def _is_stacked(unit: Unit, recipe: Recipe | None) -> bool:
     return recipe is not None and any(part in recipe.part_ids for part in unit.component.parts)
 
 
+def _dtype(tensor: StoredTensor) -> str:
+    return tensor.encoded.format.name if tensor.encoded else tensor.spec.dtype
+
+
+def _nbytes(tensor: StoredTensor) -> int:
+    parts = tensor.encoded.parts.values() if tensor.encoded else (tensor,)
+    return sum(part.spec.nbytes for part in parts)
+
+
 def _experts(units: list[Unit]) -> list[dict[str, Any]]:
     alike: dict[tuple[Any, ...], list[Unit]] = {}
     for unit in units:
-        dtypes = tuple(sorted({tensor.spec.dtype for tensor in unit.tensors()}))
+        dtypes = tuple(sorted({_dtype(tensor) for tensor in unit.tensors()}))
         alike.setdefault((unit.component.parts, unit.layout, tuple(sorted(unit.sizes.items())), dtypes), []).append(
             unit
         )
@@ -62,7 +75,7 @@ def _experts(units: list[Unit]) -> list[dict[str, Any]]:
             "sizes": dict(sizes),
             "dtypes": list(dtypes),
             "tensors": sum(len(unit.tensors()) for unit in group),
-            "bytes": sum(tensor.spec.nbytes for unit in group for tensor in unit.tensors()),
+            "bytes": sum(_nbytes(tensor) for unit in group for tensor in unit.tensors()),
         }
         for (_, layout, sizes, dtypes), group in alike.items()
     ]

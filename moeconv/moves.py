@@ -210,6 +210,27 @@ def copy_of(tensor: StoredTensor) -> Fill:
     return Fill(tensor.spec, 0, tensor.spec.shape, (Move(tensor, 0, _whole(tensor.spec.shape)),))
 
 
+def as_rows(fill: Fill) -> Fill:
+    """A fill that is one run of a tensor, as a matrix with the columns that it has."""
+    (move,) = fill.moves
+    assert move.route.run is not None
+    shape = prod(fill.block[:-1]), fill.block[-1]
+    return fill._replace(block=shape, moves=(Move(move.source, move.source_at + move.route.run[0], _whole(shape)),))
+
+
+def by_move(fill: Fill) -> list[Fill] | None:
+    """A fill of a matrix as one for each move, where each fills whole rows of it; None where one does not."""
+    columns = fill.block[-1]
+    found = []
+    for move in fill.moves:
+        run = move.route.run
+        if run is None or run[1] % columns or run[2] % columns:
+            return None
+        route = Route.between(move.route.source, View.whole(move.route.source.shape))
+        found.append(Fill(fill.target, fill.at + run[1], (run[2] // columns, columns), (move._replace(route=route),)))
+    return found
+
+
 @cache  # the shapes of a model are few
 def _whole(shape: Shape) -> Route:
     whole = View.whole(shape)

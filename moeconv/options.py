@@ -142,6 +142,15 @@ ScaleOption = Annotated[
         metavar="NAME",
     ),
 ]
+DoubleOption = Annotated[bool, typer.Option("--double-quant", help="Quantize scales of nf4 and fp4 too, to 8 bits.")]
+ExpertsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--experts",
+        help="keep: leave experts as they are. packed (default) or per-expert: tensors that nf4 and fp4 make of them.",
+        metavar="NAME",
+    ),
+]
 Ue8m0Option = Annotated[bool, typer.Option("--ue8m0", help="Scales of fp8 are powers of two.")]
 DtypeOption = Annotated[
     str | None,

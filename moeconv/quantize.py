@@ -24,7 +24,7 @@ from moeconv.formats import Probe
 from moeconv.fused import torn_matrices
 from moeconv.joined import joined_values
 from moeconv.layouts import find_units
-from moeconv.moves import Change, Fill, change, copy_of
+from moeconv.moves import Change, Fill, by_move, change, copy_of
 from moeconv.names import collapse, natural_key
 from moeconv.plan import (
     NAME_BYTES,
@@ -140,7 +140,8 @@ class _Planner:
         self.decider = Decider(scheme, self.recipe.keep, layers if isinstance(layers, int) else None)
         self.choices = Choices(self.decider, self.recipe, self.fates, self.problems)
         formats = [scheme.default, *(rule.format for rule in scheme.rules)]
-        shares = any(made and made.shares_scale for made in formats)
+        shares = any(made and made.shares_scale and not made.is_packed for made in formats)
+        self.packs = any(made and made.is_packed for made in formats)
         self.torn = torn_matrices(self.source, self.decider.partners) if shares else set()
 
     def plan(self) -> Plan:
@@ -193,7 +194,8 @@ class _Planner:
         config = {} if isinstance(self.scheme.default, Probe) else self._config(kinds, groups, found.units)
         joint = next((value.format.layout_recipe for value in values if value.inside and value.format), None)
         recipe = load_recipe(joint) if joint else self.recipe  # of the result
-        layout = "packed" if joint else "experts" if changes or not self.quantizes else self._layout(kept)
+        layout = "experts" if changes or not self.quantizes else self._layout(kept)
+        layout = "packed" if joint or (self.packs and changes) else layout
         readers = self._readers(kinds, groups, kept, bool(joint))
         warnings = [*source_warnings(self.source, changes), *self._warnings(kinds), *reader_warnings(readers)]
         return Plan(
@@ -234,7 +236,8 @@ class _Planner:
         changes: list[Change] = []
         kept: list[Unit] = []
         fills: list[Fill] = []
-        goal = self.recipe.layout("experts") if "experts" in self.recipe.layouts else None
+        layout = "packed" if self.packs else "experts"
+        goal = self.recipe.layout(layout) if layout in self.recipe.layouts else None
         moving: list[Change] = []
         for unit in units:
             if not self.quantizes or goal is None or unit.layout == goal:
@@ -243,10 +246,34 @@ class _Planner:
                 moving.append(made)
         if self.choices.is_any_quantized(moving):  # then all of them move: engines expect one layout
             changes = moving
-            fills = [fill for made in moving for fill in made.fills]
+            fills = [fill for made in moving for fill in self._decodable(made.fills)]
         else:
             kept += [made.unit for made in moving]
         return changes, kept, fills
+
+    def _decodable(self, fills: Iterable[Fill]) -> Iterator[Fill]:
+        """Fills each of which reads one quantized matrix at most."""
+        for fill in fills:
+            if self.packs and not fill.moves:
+                self.problems.append(
+                    Problem(
+                        f"{fill.target.name} has room for experts that compute nothing, which have no quantized form",
+                        "Take --experts per-expert, or a format that is written one by one.",
+                    )
+                )
+                continue
+            if not any(move.source.encoded for move in fill.moves):
+                yield fill
+                continue
+            found = by_move(fill) if self.packs else [fill] * all(move.route.run for move in fill.moves)
+            if not found or not all(_begins_with_a_block(made) for made in found):
+                self.problems.append(
+                    Problem(
+                        f"{fill.target.name} would be made of quantized matrices whose rows are not its rows",
+                        "Dequantize the checkpoint first, then quantize it.",
+                    )
+                )
+            yield from found or ()
 
     def _values(self, fills: Sequence[Fill], stacks: Mapping[str, Sequence[str]]) -> list[Value]:
         decisions = self.choices.of(fills, self.blocks, stacks) if self.quantizes else {}
@@ -279,8 +306,8 @@ class _Planner:
                 )
             )
         elif not self.problems and not any(v.format for v in values if v.fill.target.name in self.blocks):
-            ignored = any(rule.format is None for rule in self.scheme.rules) or self.scheme.only
-            if not ignored:
+            is_meant = self.scheme.only or self.scheme.keeps_experts
+            if not is_meant and all(rule.format is not None for rule in self.scheme.rules):
                 self.problems.append(
                     Problem("no expert would be quantized", "Say so with --ignore if that is what you want.")
                 )
@@ -297,8 +324,12 @@ class _Planner:
 
     def _shared(self, values: Sequence[Value]) -> dict[str, tuple[Value, ...]]:
         """For each matrix that shares a scale, all that share it: those that engines fuse with it, in one order."""
-        named = {module_of(v.fill.target): v for v in values if v.format is not None and v.format.shares_scale}
-        shared = {}
+        sharing = [v for v in values if v.format is not None and v.format.shares_scale]
+        whole: dict[str, list[Value]] = {}
+        for value in (v for v in sharing if v.format and v.format.is_packed):
+            whole.setdefault(value.fill.target.name, []).append(value)
+        shared = {name: tuple(pieces) for name, pieces in whole.items()}
+        named = {module_of(v.fill.target): v for v in sharing if v.format and not v.format.is_packed}
         for module, value in named.items():
             partners = [named[p] for p in self.decider.partners(module) if p in named] or [value]
             copied = [v.fill.target.name for v in partners if v.fate.keeps]
@@ -410,6 +441,14 @@ def _examples(kinds: Sequence[Kind]) -> list[Value]:
         for kind in kinds
         for value in {tuple([id(move.route) for move in value.fill.moves]): value for value in kind}.values()
     ]
+
+
+def _begins_with_a_block(fill: Fill) -> bool:
+    """What is read of a quantized tensor, and what is written of one, begins where a block of values does."""
+    (move,) = fill.moves
+    if move.source.encoded is None or move.route.run is None:
+        return True
+    return (move.source_at + move.route.run[0]) % move.source.encoded.format.block == 0
 
 
 def _modules(kind: Kind) -> list[str]:

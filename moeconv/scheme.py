@@ -45,6 +45,7 @@ class Scheme(NamedTuple):
         dtype: float32 matrices are rounded to this dtype before; None to take them as they are.
         allow_nonfinite: NaN and infinities count as zero.
         text: what decides, for fingerprint and manifest.
+        keeps_experts: experts stay as they are, whatever else is said.
     """
 
     rules: tuple[FormatRule, ...]
@@ -53,6 +54,7 @@ class Scheme(NamedTuple):
     dtype: str | None
     allow_nonfinite: bool
     text: str
+    keeps_experts: bool = False
 
 
 class Decision(NamedTuple):
@@ -93,14 +95,18 @@ def parse_format(name: str, options: Mapping[str, Any], where: str) -> Format:
     if known not in every:
         raise UsageError(f"{where} {name!r} is no format", nearest(known, every))
     takes = every[known][1]
-    options = {option: format_name(value) if option == "search" else value for option, value in options.items()}
+    options = {
+        option: format_name(value) if isinstance(every[known][1].get(option), tuple) else value
+        for option, value in options.items()
+    }
     for option, value in options.items():
         if option not in takes:
             remedy = f"It takes {', '.join(takes)}." if takes else "It takes no options."
             raise UsageError(f"{where} {name} takes no {option}", remedy)
         words = takes[option]
         if isinstance(words, tuple) and value not in words:
-            raise UsageError(f"{where} {name}: {value!r} is no way to choose scales", f"Known: {', '.join(words)}.")
+            what = "no way to choose scales" if option == "search" else f"unknown for {option}"
+            raise UsageError(f"{where} {name}: {value!r} is {what}", f"Known: {', '.join(words)}.")
         if option == "group_size" and (not isinstance(value, int) or value < 8 or value % 8):
             raise UsageError(f"{where} {name}: a group of {value} columns cannot be packed", "Take 32, 64 or 128.")
     return make_format(known, dict(options))
@@ -160,7 +166,7 @@ def _rule(item: Yaml) -> FormatRule:
 
 def build_scheme(
     name: str | None, options: Mapping[str, Any], recipe: str | None, ignore: Sequence[str], only: Sequence[str],
-    dtype: str | None, allow_nonfinite: bool,
+    dtype: str | None, allow_nonfinite: bool, keeps_experts: bool = False,
 ) -> tuple[Scheme, str | None]:  # fmt: skip
     """A scheme from the command line, and the recipe of the layouts where one is named.
 
@@ -172,6 +178,7 @@ def build_scheme(
         only: patterns outside of which nothing is quantized.
         dtype: for float32 matrices, a safetensors name.
         allow_nonfinite: NaN and infinities count as zero.
+        keeps_experts: experts stay as they are.
 
     Raises:
         UsageError: neither a format nor rules, or a format or option that does not exist.
@@ -191,6 +198,7 @@ def build_scheme(
     said = {
         "format": name and format_name(name), "options": dict(options), "rules": text, "ignore": list(ignore),
         "only": list(only), "dtype": dtype, "allow_nonfinite": allow_nonfinite,
+        **({"keeps_experts": True} if keeps_experts else {}),
     }  # fmt: skip
     return scheme_of(said, recipe or ""), layouts
 
@@ -213,7 +221,7 @@ def scheme_of(said: Mapping[str, Any], where: str = "rules") -> Scheme:
     default = parse_format(name, said["options"], "--format") if name is not None else None
     return Scheme(
         tuple(rules), default, tuple(said["only"]), said["dtype"], said["allow_nonfinite"],
-        json.dumps(said, sort_keys=True),
+        json.dumps(said, sort_keys=True), bool(said.get("keeps_experts")),
     )  # fmt: skip
 
 
@@ -262,6 +270,8 @@ class Decider:
             is_expert: it is a part of an expert.
         """
         scheme = self._scheme
+        if is_expert and scheme.keeps_experts:
+            return Decision(None, "kept by --experts keep", True)
         for rule in scheme.rules:
             if rule.names(module):
                 self._used.add(rule)

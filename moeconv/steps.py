@@ -96,6 +96,8 @@ class Part(NamedTuple):
         stride: bytes from one index of axis 0 to the next; 0 where they follow each other. Where rows lie across, from
             one run of them to the next.
         runs: where the matrix' rows lie along axis 1, the size of axis 0; all else then speaks of axis 1.
+        values: of the matrix for which one element stands, where elements follow those and not rows; and
+        columns: of the matrix then. An index is that of an element.
     """
 
     suffix: str
@@ -107,9 +109,13 @@ class Part(NamedTuple):
     rows: int
     stride: int = 0
     runs: int = 0
+    values: int = 0
+    columns: int = 0
 
     def bounds(self, first: int, last: int) -> tuple[int, int]:
         """Indices of axis 0 that belong to matrix rows `first` to `last` (excluded)."""
+        if self.values:
+            return first * self.columns // self.values, min(self.size, -(-last * self.columns // self.values))
         return first // self.rows, min(self.size, -(-last // self.rows))
 
     def nbytes(self, first: int, last: int) -> int:

@@ -82,6 +82,11 @@ def parse_formats(text: str, options: Mapping[str, Any]) -> tuple[dict[str, dict
         takes = FORMATS[name][1] if name in FORMATS else dict.fromkeys(options, str)
         own = {key: value for key, value in options.items() if key in takes and _is_known(value, takes[key])}
         made = parse_format(name, own, "--formats")
+        if made.is_packed or made.experts_kept:
+            raise UsageError(
+                f"--formats: experts of {name} are not quantized one by one, as a choice among formats needs it",
+                f"Take it alone with --format {name}.",
+            )
         if made.quant_method != "compressed-tensors" and len(set(names)) > 1:
             raise UsageError(f"--formats: {name} cannot stand beside another format", "Take nvfp4a16, or it alone.")
         found[name] = own

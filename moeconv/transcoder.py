@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from moeconv.plan import Memory
 
-#: Matrices that share a scale lie close to each other: of so many groups the largest magnitude is remembered.
+#: Matrices that share a number lie close to each other: those of so many groups are remembered.
 _KNOWN_PEAKS = 64
 
 #: Receives target file number, offset and bytes, and how they are spread where they are not one run. The bytes are
@@ -92,25 +92,26 @@ class Transcoder:
             ) from None
 
     def _peak(self, step: Transcode, rows: int, sink: Sink) -> float:
-        """Largest magnitude of all matrices that share a scale, which follow each other in most tasks."""
+        """What is measured over all matrices that share a number; they follow each other in most tasks."""
+        assert step.encoder is not None
         key = step.sharing[0].name
         if key not in self._peaks:
             self.finish(sink)  # the staging buffers are needed
             if len(self._peaks) == _KNOWN_PEAKS:
                 del self._peaks[next(iter(self._peaks))]
-            self._peaks[key] = max(self._peak_of(matrix, rows, step.allow_nonfinite) for matrix in step.sharing)
+            measured = [x for matrix in step.sharing for x in self._measured(matrix, rows, step)]
+            self._peaks[key] = step.encoder.joined(measured)
         return self._peaks[key]
 
-    def _peak_of(self, matrix: Matrix, rows: int, allow_nonfinite: bool) -> float:
-        compute = _measuring(matrix, allow_nonfinite)
-        peak = 0.0
+    def _measured(self, matrix: Matrix, rows: int, step: Transcode) -> Iterator[float]:
+        """What the tiles of a matrix contribute."""
+        compute = _measuring(step, matrix)
         for first in range(0, matrix.shape[0], rows):
             last = min(first + rows, matrix.shape[0])
             (found,) = self._submit(matrix, first, last, compute).wait()
             if not isfinite(found):
                 raise _not_finite(matrix, first, last)
-            peak = max(peak, float(found))
-        return peak
+            yield float(found)
 
     def finish(self, sink: Sink) -> None:
         """Wait for all that is under way."""
@@ -165,7 +166,9 @@ class Transcoder:
         for part in source.parts:
             begin, end = part.bounds(first, last)
             content = raw[at : at + part.nbytes(first, last)]
-            if part.runs:
+            if part.values:
+                rows, start = Rows(1, len(content), len(content), len(content)), begin * part.row_nbytes
+            elif part.runs:
                 pitch = (end - begin) * part.row_nbytes
                 rows, start = Rows(part.runs, pitch, part.stride, pitch), begin * part.row_nbytes
             else:
@@ -233,11 +236,12 @@ def _parts(source: Decode, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
     return {part.suffix: tensor for part, tensor in zip(source.parts, inputs, strict=True)}
 
 
-def _measuring(matrix: Matrix, allow_nonfinite: bool) -> Compute:
-    """What a device does with a tile to find its largest magnitude, which is not finite where a value is not."""
+def _measuring(step: Transcode, matrix: Matrix) -> Compute:
+    """What a device does with a tile to find what it contributes, which is not finite where a value is not."""
 
     def compute(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        return [amax(_tile(matrix, inputs, allow_nonfinite).view(1, -1), 1)]
+        assert step.encoder is not None
+        return [step.encoder.measured(_tile(matrix, inputs, step.allow_nonfinite))]
 
     return compute
 
@@ -257,7 +261,7 @@ def _encoding(step: Transcode, peak: float) -> Compute:
                 is_narrow = tile.dtype == torch.float16
                 return tile, torch.isfinite(amax(tile.view(1, -1), 1)) if is_narrow else torch.ones(1, dtype=torch.bool)
             made = step.encoder.encode(tile, peak)
-        scales = made[1]
+        scales = step.encoder.checked(made)
         is_finite = scales != EXPONENT_NAN if scales.dtype == torch.uint8 else torch.isfinite(scales.float())
         return *made, is_finite.all()
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from math import lcm, prod
+from math import gcd, lcm, prod
 
 from moeconv.checkpoint import Encoded, Inside, StoredTensor
-from moeconv.formats import GroupFp4, StoredPart
-from moeconv.moves import copy_of
+from moeconv.formats import Decoder, GroupFp4, StoredPart
+from moeconv.moves import as_rows, copy_of
 from moeconv.shards import Places
-from moeconv.steps import Content, Decode, Matrix, Part, Rearrange, Step, Transcode, rearrangement, steps_of
+from moeconv.steps import Content, Decode, Matrix, Part, Step, Transcode, rearrangement, steps_of
 from moeconv.tensors import DTYPE_BITS, Shape, Spec
-from moeconv.values import Value, parts_of
+from moeconv.values import Value, matrix_shape, parts_of
 
 #: Places for steps that are looked at and not run.
 ANYWHERE: Places = defaultdict(lambda: (0, 0))
@@ -35,27 +35,35 @@ def value_steps(value: Value, places: Places, allow_nonfinite: bool, sharing: Se
     if value.is_plain:
         yield from steps_of(fill, places[fill.target.name])
         return
-    shape = fill.target.shape
+    matrix = _matrix(value)
     targets = []
     for number, (spec, part) in enumerate(zip(value.specs, fate.parts, strict=True)):
         inside = value.inside[number] if value.inside else None
         place = places[inside.whole.name if inside else spec.name]
-        if inside and part:
+        if part is None:
+            part = StoredPart("", spec.dtype, spec.shape, 1, values=1)
+        if inside:
             targets.append(_within(_part(part, spec, *place), spec, inside))
-        elif part is None:
-            targets.append(_part(StoredPart("", spec.dtype, shape, 1), spec, *place))
+        elif part.values:
+            targets.append(_flat(part, spec, *place, fill.at, matrix.shape))
         elif part.rows:
             targets.append(_part(part, spec, *place))
-        else:
+        elif fill.at == 0:
             assert fate.format is not None
-            yield Content(*place, fate.format.constant(part, shape))
-    read = [decoder.row_multiple for other in (*sharing, value) if (decoder := other.fate.decoder) is not None]
-    multiple = lcm(fate.format.row_multiple if fate.format is not None else 1, *read)
-    written = sum(spec.nbytes for spec in value.specs)
+            yield Content(*place, fate.format.constant(part, fill.target.shape, fate.dtype))
+    formats = [fate.format, *(other.fate.decoder for other in (*sharing, value))]
+    multiple = lcm(*(made.row_multiple * _rows(made, matrix.shape[1]) for made in formats if made is not None))
+    written = sum(part.nbytes(0, matrix.shape[0]) for part in targets)
     yield Transcode(
-        _matrix(value), fate.format, tuple(targets), multiple, max(1, written // shape[0]), 0, shape[0],
-        allow_nonfinite, tuple(_matrix(other) for other in sharing), fate.keeps == "codes",
+        matrix, fate.format and fate.format.bound(fill.target.shape, fate.dtype), tuple(targets), multiple,
+        max(1, written // matrix.shape[0]), 0, matrix.shape[0], allow_nonfinite,
+        tuple(_matrix(other) for other in sharing), fate.keeps == "codes",
     )  # fmt: skip
+
+
+def _rows(made: Decoder, columns: int) -> int:
+    """Rows between two of which a block ends."""
+    return made.block // gcd(made.block, columns)
 
 
 def whole_scale(stored: Encoded, shape: Shape) -> tuple[int, int] | None:
@@ -67,14 +75,21 @@ def whole_scale(stored: Encoded, shape: Shape) -> tuple[int, int] | None:
 
 
 def _matrix(value: Value) -> Matrix:
-    target, stored = value.fill.target, value.source
-    read: Rearrange | Decode = rearrangement(value.fill, 0, 0) if stored is None else _decode(stored, target.shape)
-    return Matrix(target.name, target.shape, value.fate.dtype, read, target.dtype)
+    """What is encoded: a matrix, or all of a stack one behind the other."""
+    fill, stored, shape = value.fill, value.source, matrix_shape(value.fill)
+    if stored is not None:
+        (move,) = fill.moves
+        at = move.source_at + (move.route.run[0] if move.route.run else 0)
+        return Matrix(fill.target.name, shape, value.fate.dtype, _decode(stored, shape, at), fill.target.dtype)
+    if len(fill.block) > 2:
+        fill = as_rows(fill)
+    return Matrix(fill.target.name, shape, value.fate.dtype, rearrangement(fill, 0, 0), fill.target.dtype)
 
 
-def _decode(stored: Encoded, shape: Shape) -> Decode:
+def _decode(stored: Encoded, shape: Shape, at: int = 0) -> Decode:
+    """A stored matrix, or of a tensor whose values follow each other those from number `at` on."""
     parts = [
-        _source(part, tensor)
+        _flat(part, tensor.spec, tensor.file, tensor.offset, at, shape) if part.values else _source(part, tensor)
         for part in parts_of(stored.format, shape, "BF16")
         if part.rows and (tensor := stored.parts.get(part.suffix)) is not None
     ]
@@ -95,6 +110,14 @@ def _within(part: Part, spec: Spec, inside: Inside) -> Part:
         return part._replace(offset=part.offset + inside.at * item)
     stride = view.axes[0].step * prod(view.block[1:]) * item
     return part._replace(offset=part.offset + (inside.at + view.first) * item, stride=stride)
+
+
+def _flat(part: StoredPart, spec: Spec, file: int, offset: int, at: int, shape: Shape) -> Part:
+    """Where the elements lie that stand for a matrix whose first value is number `at`."""
+    item = DTYPE_BITS[spec.dtype] // 8
+    size = -(-prod(shape) // part.values)
+    begin = offset + at // part.values * item
+    return Part(part.suffix, spec.dtype, file, begin, item, size, part.rows, values=part.values, columns=shape[1])
 
 
 def _part(part: StoredPart, spec: Spec, file: int, offset: int) -> Part:

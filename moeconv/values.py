@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cache
+from math import prod
 from typing import NamedTuple
 
 from moeconv.checkpoint import Encoded, Inside
@@ -119,6 +120,10 @@ class Fates:
             return Value(fill, fate, (spec,))
         if fate.keeps == "bytes" and stored is not None:
             return Value(fill, fate, tuple([tensor.spec for tensor in stored.parts.values()]))
+        if not is_layer:
+            return Value(
+                fill, fate, tuple([Spec(part_name(name, p.suffix), p.dtype, p.shape) for p in fate.parts if p])
+            )
         head = name.removesuffix("weight")
         return Value(fill, fate, tuple([Spec(head + p.suffix, p.dtype, p.shape) for p in fate.parts if p]))
 
@@ -155,6 +160,21 @@ def alike(values: Iterable[Value]) -> list[list[Value]]:
 def nbytes_of(kinds: Iterable[Sequence[Value]]) -> int:
     """Bytes in full precision of values that `alike` has put together."""
     return sum(kind[0].fate.nbytes * len(kind) for kind in kinds)
+
+
+def matrix_shape(fill: Fill) -> tuple[int, int]:
+    """Rows and columns of what is encoded or decoded: a matrix, or all of a stack one behind the other."""
+    return prod(fill.block[:-1]), fill.block[-1]
+
+
+def part_name(name: str, suffix: str) -> str:
+    """The name of a part of a matrix: beside `X.weight` or, where that is a parameter `NAME`, behind it.
+
+    `suffix` is that of a matrix of its own, such as `weight_scale` or `weight.absmax`.
+    """
+    if name.endswith(WEIGHT):
+        return name.removesuffix("weight") + suffix
+    return name + suffix.removeprefix("weight")
 
 
 def is_layer(spec: Spec) -> bool:

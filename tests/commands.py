@@ -12,6 +12,9 @@ from typing import NamedTuple
 from moeconv.cli import app
 from moeconv.process import guarded
 
+#: Formats that are tested in test_bitsandbytes.py and test_transformers.py: experts are packed, or kept.
+BITSANDBYTES = {"nf4", "fp4", "int8"}
+
 
 class Result(NamedTuple):
     code: int

@@ -16,12 +16,13 @@ MODULES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in P
 #: The flow of the design: a module imports only what stands before it.
 ORDER = [
     "__init__", "errors", "files", "device", "tensors", "dims", "names", "ops", "yamldoc", "recipe", "recipe_file",
-    "header", "formats.format", "formats.strips", "formats.mx", "formats.rows", "formats.fp8", "formats.fp4",
-    "formats.columns", "formats.integers", "formats.probe", "formats", "checkpoint", "encoded", "config_json",
-    "forms", "units", "suspects", "layouts", "moves", "unpacked", "steps", "engines", "scheme", "values", "choices",
-    "shards", "plan", "budget", "transcodes", "joined", "fused", "quantize", "explain", "manifest", "selection",
-    "transcoder", "worker", "pool", "writer", "executor", "verify", "inspect", "discover", "drafts", "propose",
-    "sizing", "target", "progress", "options", "process", "commands", "cli_layouts", "cli_quantize", "cli", "__main__",
+    "header", "formats.strips", "formats.format", "formats.mx", "formats.rows", "formats.fp8", "formats.fp4",
+    "formats.columns", "formats.bnb4", "formats.llm_int8", "formats.integers", "formats.probe", "formats",
+    "checkpoint", "states", "encoded", "config_json", "forms", "units", "suspects", "layouts", "moves", "unpacked",
+    "steps", "engines", "scheme", "values", "choices", "shards", "plan", "budget", "transcodes", "joined", "fused",
+    "quantize", "explain", "manifest", "selection", "transcoder", "worker", "pool", "writer", "executor", "verify",
+    "inspect", "discover", "drafts", "propose", "sizing", "target", "progress", "options", "process", "commands",
+    "cli_layouts", "cli_quantize", "cli", "__main__", "transformers",
 ]  # fmt: skip
 
 

@@ -13,8 +13,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from moeconv.engines import entries
-from moeconv.formats import FORMATS, make_format
-from tests.commands import refused, run, succeeds
+from moeconv.formats import FORMATS as ALL_FORMATS
+from moeconv.formats import make_format
+from tests.commands import BITSANDBYTES, refused, run, succeeds
 from tests.folders import read_folder
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -37,6 +38,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1, "n_shared_experts": 1, "head_dim": 64, "num_experts_per_tok": 2,
     },
 }  # fmt: skip
+#: Those of bitsandbytes are tested in test_bitsandbytes.py.
+FORMATS = [name for name in ALL_FORMATS if name not in BITSANDBYTES]
 EVERY = {
     "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128,
 }  # fmt: skip
@@ -136,7 +139,7 @@ CLAIMS = sorted(
     for entry in entries()
     if entry.engine == "transformers" and not entry.when
     for model_type in entry.model_types
-    for name in entry.formats & FORMATS.keys()
+    for name in entry.formats & set(FORMATS)
 )
 
 

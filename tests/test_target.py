@@ -228,6 +228,8 @@ WRONG = [
     pytest.param(("--target-size", "9MB", "--formats", "w8a8,fp8_block", "--scale", "mse"), 2,
                  "none of w8a8, fp8_block takes search", id="option that none takes"),
     pytest.param(("--target-size", "9MB", "--formats", "modelopt_nvfp4,w8a8"), 2, "cannot stand beside", id="alone"),
+    pytest.param(("--target-size", "9MB", "--formats", "nf4"), 2, "not quantized one by one", id="packed"),
+    pytest.param(("--target-size", "9MB", "--formats", "w8a8", "--experts", "keep"), 2, "go with --format", id="keep"),
     pytest.param(("--target-size", "big", "--formats", "w4a16"), 2, "'big'", id="no size that can be read"),
 ]  # fmt: skip
 

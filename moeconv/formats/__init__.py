@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from moeconv.formats.bnb4 import CODEBOOKS, METHOD, Bnb4, StoredBnb4
 from moeconv.formats.columns import ColumnInt
 from moeconv.formats.format import FLOATS, Decoder, Format, FormatError, StoredPart
 from moeconv.formats.fp4 import FP4_DIALECTS, GptOssMxFp4, GroupFp4, ModelOptNvFp4, MxFp4, NvFp4
 from moeconv.formats.fp8 import BlockFp8, ChannelFp8, FineGrainedFp8, ModelOptFp8, MxFp8, TensorFp8
 from moeconv.formats.integers import ChannelInt8, PackedInt
+from moeconv.formats.llm_int8 import LlmInt8
 from moeconv.formats.mx import EXPONENT_NAN
 from moeconv.formats.probe import Probe
 from moeconv.formats.strips import amax
 
 __all__ = [
-    "EXPONENT_NAN", "FAMILY_FORMATS", "FLOATS", "FORMATS", "FP4_DIALECTS", "BlockFp8", "ChannelFp8", "ChannelInt8",
-    "ColumnInt", "Decoder", "FineGrainedFp8", "Format", "FormatError", "GroupFp4", "ModelOptFp8", "MxFp8",
-    "PackedInt", "Probe", "StoredPart", "TensorFp8", "amax", "format_name", "make_format",
+    "CODEBOOKS", "EXPONENT_NAN", "FAMILY_FORMATS", "FLOATS", "FORMATS", "FP4_DIALECTS", "METHOD", "BlockFp8", "Bnb4",
+    "ChannelFp8", "ChannelInt8", "ColumnInt", "Decoder", "FineGrainedFp8", "Format", "FormatError", "GroupFp4",
+    "LlmInt8", "ModelOptFp8", "MxFp8", "PackedInt", "Probe", "StoredBnb4", "StoredPart", "TensorFp8", "amax",
+    "format_name", "make_format",
 ]  # fmt: skip
 
 #: Formats that can be written, by name, and the options that each takes, with a type or the words that are known.
@@ -32,6 +35,9 @@ FORMATS: dict[str, tuple[Callable[..., Format], dict[str, type | tuple[str, ...]
     "nvfp4a16": (NvFp4, {"search": ("amax", "four_over_six", "mse")}),
     "modelopt_nvfp4": (ModelOptNvFp4, {"search": ("amax", "four_over_six", "mse")}),
     "mxfp4a16": (MxFp4, {"search": ("amax", "mse")}),
+    "nf4": (lambda **own: Bnb4("nf4", **own), {"double_quant": bool, "experts": ("packed", "per_expert")}),
+    "fp4": (lambda **own: Bnb4("fp4", **own), {"double_quant": bool, "experts": ("packed", "per_expert")}),
+    "int8": (LlmInt8, {}),
     "w4a16_asym": (lambda **own: PackedInt(4, False, **own), {"group_size": int, "search": ("amax", "mse")}),
 }
 

@@ -8,9 +8,10 @@ on a value, so that a plan made from headers holds.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from moeconv.formats.strips import amax
 from moeconv.tensors import Shape
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class StoredPart(NamedTuple):
         rows: matrix rows that one index of axis 0 stands for; where this is not 1, a part of less than two axes belongs
             to all rows. 0 for a part that has nothing to do with rows.
         is_across: the matrix' rows lie along axis 1, not 0.
+        values: of the matrix, in row-major order, for which one element stands, where the shape says nothing of rows.
     """
 
     suffix: str
@@ -38,6 +40,7 @@ class StoredPart(NamedTuple):
     shape: Shape
     rows: int
     is_across: bool = False
+    values: int = 0
 
 
 class FormatError(ValueError):
@@ -50,12 +53,14 @@ class Decoder(ABC):
     Attributes:
         name: as `--format` has it, or would.
         row_multiple: a tile begins at a multiple of this many rows, and ends at one or at the matrix' end.
+        block: values that belong together, in row-major order; a tile begins between two blocks.
         live_nbytes: bytes that encoding or decoding holds at once for each element of a tile, all included (held by
             a test).
     """
 
     name: str
     row_multiple: int = 1
+    block: int = 1
     live_nbytes: int = 20
 
     @abstractmethod
@@ -81,14 +86,18 @@ class Format(Decoder):
 
     Attributes:
         quant_method: `quant_method` of config.json.
-        shares_scale: one scale stands for the whole matrix, and for those that engines fuse with it.
+        shares_scale: one number is measured over the whole matrix, and over those that engines fuse with it.
+        is_packed: experts of a layer are one tensor for each of its parts.
         experts_only: engines have it for experts alone.
+        experts_kept: engines have it for all but experts.
         layout_recipe: the recipe in whose layout `packed` experts of this format are written; empty for one by one.
     """
 
     quant_method: str
     shares_scale: bool = False
+    is_packed: bool = False
     experts_only: bool = False
+    experts_kept: bool = False
     layout_recipe: str = ""
 
     def refusal(self, shape: Shape, dtype: str) -> str | None:
@@ -105,7 +114,7 @@ class Format(Decoder):
 
         Args:
             tile: [rows, K] in the dtype of the source.
-            peak: largest magnitude of all matrices that share a scale, where the format has one.
+            peak: what was measured over all matrices that share it (`joined`), where the format has such a number.
 
         Returns:
             The rows of all parts that have rows, in the order of `parts`. Not finite where the tile was not: a scale
@@ -129,9 +138,29 @@ class Format(Decoder):
         """
         raise NotImplementedError(stored.name)
 
-    def constant(self, part: StoredPart, shape: Shape) -> bytes:
-        """Content of a part without rows."""
+    def constant(self, part: StoredPart, shape: Shape, dtype: str) -> bytes:
+        """Content of a part without rows, for a matrix of that shape and dtype."""
         raise NotImplementedError(part.suffix)
+
+    def bound(self, shape: Shape, dtype: str) -> Format:
+        """The format for one shape and dtype, where its encoder has to know them."""
+        return self
+
+    def expert_refusal(self, shape: Shape) -> str | None:
+        """Why matrices [N, K] of experts cannot lie one behind the other in one tensor, or None."""
+        return None
+
+    def measured(self, tile: Tensor) -> Tensor:
+        """What a tile contributes to the number that is measured: its largest magnitude."""
+        return amax(tile.view(1, -1), 1)
+
+    def joined(self, measured: Sequence[float]) -> float:
+        """The number, from what all tiles contribute."""
+        return max(measured)
+
+    def checked(self, encoded: Sequence[Tensor]) -> Tensor:
+        """What tells whether all that was encoded was finite."""
+        return encoded[1]
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class PackedInt(Format):
             parts.append(StoredPart("weight_zero_point", "I32", (-(-rows // per_word), groups), per_word))
         return (*parts, StoredPart("weight_shape", "I64", (2,), 0))
 
-    def constant(self, part: StoredPart, shape: Shape) -> bytes:
+    def constant(self, part: StoredPart, shape: Shape, dtype: str) -> bytes:
         return pack("<2q", *shape)
 
     def encode(self, tile: Tensor, peak: float = 0.0) -> tuple[Tensor, ...]:
