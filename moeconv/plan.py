@@ -25,6 +25,7 @@ from moeconv.moves import Change, Fill, change
 from moeconv.recipe import Recipe
 from moeconv.scheme import Scheme
 from moeconv.shards import TargetFile, place_specs
+from moeconv.states import is_stated
 from moeconv.steps import TASK_BYTES, Copy, Step, Task, needs_whole_bytes, steps_of, tasks_of
 from moeconv.tensors import Spec
 from moeconv.units import Unit, layout_lines
@@ -176,6 +177,12 @@ def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | Non
         if name not in recipe.layouts:
             raise UsageError(f"recipe {recipe.name} has no layout {name!r}", f"It has: {', '.join(recipe.layouts)}.")
     found = find_units(source, recipe, options.layout)
+    if found.faults and any(map(is_stated, source.tensors)):
+        raise PlanError(
+            f"{source.root}: experts in bitsandbytes' 4 bits change their layout where their states are known",
+            "Run `moeconv quantize` with the --format that they have and --experts per-expert or packed: it keeps "
+            "codes and scales as they are. Or dequantize it first.",
+        )
     problems = list(found.faults)
     goal = recipe.layout(layout)
     stays = [unit.block in options.stay or _is_already(unit, goal) for unit in found.units]

@@ -52,6 +52,11 @@ def stated_view(source: Checkpoint, problems: list[Problem], dtype: str | None =
     return source._replace(tensors=tensors)
 
 
+def is_stated(name: str) -> bool:
+    """The name of a state."""
+    return name.endswith(tuple(_STATE + kind for kind in CODEBOOKS))
+
+
 def _stated(
     base: str, mark: str, kind: str, tensors: Mapping[str, StoredTensor], opened: OpenFiles, dtype: str | None
 ) -> StoredTensor | str:

@@ -223,6 +223,22 @@ def test_experts_one_by_one_are_bitsandbytes_own_form(sources: dict[str, Path], 
     assert {"lm_head", "model.layers.1.mlp.gate"} <= set(settings["llm_int8_skip_modules"])
 
 
+def test_layouts_change_by_quantizing_to_what_they_are(sources: dict[str, Path], tmp_path: Path) -> None:
+    """There and back is without loss: codes and scales are those of the blocks, wherever they lie."""
+    succeeds("quantize", sources["mixtral"], tmp_path / "packed", "--format", "nf4")
+    for command in ("pack", "unpack"):
+        message = refused(command, tmp_path / "packed", tmp_path / "no", within=tmp_path)
+        assert "--experts per-expert or packed: it keeps codes" in message
+    options = ("--format", "nf4", "--experts")
+    succeeds("quantize", tmp_path / "packed", tmp_path / "one", *options, "per-expert")
+    succeeds("quantize", tmp_path / "one", tmp_path / "again", *options, "packed")
+    assert read_folder(tmp_path / "again") == read_folder(tmp_path / "packed")
+    assert "--experts per-expert" in refused("unpack", tmp_path / "one", tmp_path / "no", within=tmp_path)
+    # Experts in full precision beside 4-bit attention move as always.
+    succeeds("quantize", sources["mixtral"], tmp_path / "attention", "--format", "nf4", "--experts", "keep")
+    succeeds("pack", tmp_path / "attention", tmp_path / "moved")
+
+
 def source_of(folder: Path, model_type: str, **own: int) -> Path:
     config = {**EVERY, **FAMILIES.get(model_type, {}), **own}
     save_published(build(model_type, 1, config), folder, "1MB")
