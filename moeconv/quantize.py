@@ -216,7 +216,7 @@ class _Planner:
             if self.choices.overridden:
                 why = "not tried: rules quantize modules that are kept by default"
                 readers = tuple(r._replace(reads="unknown", why=why) if r.reads == "yes" else r for r in readers)
-            if joint or "experts" not in self.recipe.layouts:
+            if joint or self.packs or "experts" not in self.recipe.layouts:
                 return readers
             plain = readings(self.recipe, self.stored.config, "experts")  # an engine may know no experts one by one
             return tuple(

@@ -69,6 +69,7 @@ def test_families_that_transformers_cannot_read_one_by_one_are_named(tmp_path: P
     source = source_of(tmp_path / "source", "granitemoe")
     said = succeeds("quantize", source, tmp_path / "made", "--format", "mxfp4a16").err
     assert "transformers 5.23 does not read this result" in said
+    assert "transformers" not in succeeds("quantize", source, tmp_path / "packed", "--format", "nf4").err
 
 
 def test_experts_that_stay_packed_are_listed(tmp_path: Path) -> None:
