@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moeconv.device import Compute, Job, Lane
 from moeconv.errors import CheckpointError
 from moeconv.files import OpenFiles, Rows
-from moeconv.formats import EXPONENT_NAN, FormatError, amax
+from moeconv.formats import EXPONENT_NAN, FormatError
 from moeconv.steps import (
     PART_ALIGNMENT,
     Decode,
@@ -128,8 +128,8 @@ class Transcoder:
 
         step, first, last, job = self._under_way.popleft()
         *made, is_finite = job.wait()
-        if not bool(is_finite) and (cause := self._cause(step, first, last)):
-            raise cause
+        if not bool(is_finite):
+            raise self._cause(step, first, last)
         for part, tensor in zip(step.targets, made, strict=True):
             at, end = part.bounds(first, last)
             content = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
@@ -180,11 +180,8 @@ class Transcoder:
             at += -(-len(content) // PART_ALIGNMENT) * PART_ALIGNMENT
         return parts
 
-    def _cause(self, step: Transcode, first: int, last: int) -> CheckpointError | None:
-        """Why these rows are not finite: the source is not, their dtype is too narrow, or a scale has no width in it.
-
-        None where what is not finite is passed on as it is.
-        """
+    def _cause(self, step: Transcode, first: int, last: int) -> CheckpointError:
+        """Why these rows are not finite: the source is not, a dtype is too narrow, or a scale has no width in it."""
         import torch
 
         self.abandon()
@@ -197,9 +194,7 @@ class Transcoder:
                 f"{matrix.name} holds values too large for {matrix.dtype} in rows {first} to {last - 1}",
                 "Choose another --dtype.",
             )
-        if step.encoder is None:
-            return None
-        if bool(narrow.all()):
+        if step.encoder and bool(narrow.all()):
             return CheckpointError(
                 f"{matrix.name} holds finite values too large for {step.encoder.name} in rows {first} to {last - 1}",
                 "Choose a symmetric format for it, or keep it with --ignore.",
@@ -256,10 +251,14 @@ def _encoding(step: Transcode, peak: float) -> Compute:
         if step.encoder and isinstance(source, Decode) and step.is_retold:
             made = step.encoder.retold(source.format, _parts(source, inputs))
         else:
+            if step.encoder is None:  # what is not finite is passed on; only a narrow dtype can make it so
+                if step.matrix.dtype != "F16":
+                    tile = _tile(step.matrix, inputs, step.allow_nonfinite)
+                    return tile, torch.ones((), dtype=torch.bool, device=tile.device)
+                wide = _tile(step.matrix._replace(dtype="F32"), inputs, step.allow_nonfinite)
+                tile = wide.half()
+                return tile, ~(tile.isinf() & wide.isfinite()).any()
             tile = _tile(step.matrix, inputs, step.allow_nonfinite)
-            if step.encoder is None:  # only a narrow dtype can make what is finite infinite
-                is_narrow = tile.dtype == torch.float16
-                return tile, torch.isfinite(amax(tile.view(1, -1), 1)) if is_narrow else torch.ones(1, dtype=torch.bool)
             made = step.encoder.encode(tile, peak)
         scales = step.encoder.checked(made)
         is_finite = scales != EXPONENT_NAN if scales.dtype == torch.uint8 else torch.isfinite(scales.float())

@@ -149,6 +149,24 @@ def test_a_late_device_writes_what_the_cpu_writes(source: Path, tmp_path: Path, 
     assert read_folder(tmp_path / "back") == read_folder(tmp_path / "plain")
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_what_is_not_finite_is_passed_on_with_all_that_is_under_way(source: Path, tmp_path: Path, depth: int) -> None:
+    succeeds("quantize", source, tmp_path / "first", "--format", "w8a8")
+    tensors = read_folder(tmp_path / "first")
+    name = "model.layers.0.mlp.experts.1.up_proj.weight_scale"
+    content = b"\xc0\x7f" + tensors[name].content[2:]  # the first row is NaN
+    tensors[name] = tensors[name]._replace(content=content)
+    broken = write_folder(
+        tmp_path / "broken", tensors, json.loads((tmp_path / "first" / "config.json").read_text()), 2
+    )  # fmt: skip
+    succeeds("dequantize", broken, tmp_path / "wanted", "--dtype", "float16")
+    checkpoint = open_checkpoint(broken)
+    options = Options(devices=("late",), max_vram=4_000_000, max_shard_nbytes=1_000_000)
+    back = plan_dequantize(checkpoint, select_recipe(checkpoint), "F16", options)
+    execute(back, tmp_path / "made", ["test"], fsync=False, devices=[LateDevice(depth)])
+    assert read_folder(tmp_path / "made") == read_folder(tmp_path / "wanted")
+
+
 @pytest.mark.usefixtures("whole_tiles")
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "int8"])
 @pytest.mark.parametrize("max_vram", [None, 8_000_000, 3_000_000])
