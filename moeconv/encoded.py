@@ -117,22 +117,23 @@ def decoded_view(source: Checkpoint, problems: list[Problem], dtype: str | None 
         first = parts[own[0]]
         spec = Spec(f"{module}.weight", dtype_, shape)
         tensors[spec.name] = StoredTensor(spec, first.file, first.offset, Encoded(made, parts))
-    for tensor in tensors.values():
-        if known and tensor.spec.name.endswith(_BESIDE):
-            problems.append(
-                Problem(
-                    f"{tensor.spec.name} changes what quantized matrices mean, in a way that cannot be decoded yet",
-                    "Start from the checkpoint in full precision.",
-                )
+    problems += _left_over(tensors.values(), bool(known), is_quantized)
+    return source._replace(tensors=tensors)
+
+
+def _left_over(tensors: Iterable[StoredTensor], has_matrices: bool, is_quantized: bool) -> Iterator[Problem]:
+    """What belongs to quantized matrices and was decoded with none of them."""
+    for tensor in tensors:
+        if has_matrices and tensor.spec.name.endswith(_BESIDE):
+            yield Problem(
+                f"{tensor.spec.name} changes what quantized matrices mean, in a way that cannot be decoded yet",
+                "Start from the checkpoint in full precision.",
             )
         if tensor.encoded is None and _is_bare(tensor.spec, is_quantized):
-            problems.append(
-                Problem(
-                    f"{tensor.spec} has no scales that are known here",
-                    "Start from the checkpoint in full precision.",
-                )
+            yield Problem(
+                f"{tensor.spec} has no scales that are known here",
+                "Start from the checkpoint in full precision.",
             )
-    return source._replace(tensors=tensors)
 
 
 def _by_module(
