@@ -28,6 +28,8 @@ ALL_WORKERS_BYTES = 300 << 20
 PROCESS_BYTES = 24 << 20
 #: Room for each row that is read apart from the others (`worker`), and copies of a tile that rearranging needs.
 _GAP_NBYTES = 64
+#: For each element that is decoded again: what it was and what it became, in float32, and the difference's square.
+_SAMPLED_NBYTES = 12
 _REARRANGED_COPIES = 2
 
 
@@ -107,6 +109,9 @@ def _needs(transcodes: Sequence[Transcode], tile: int, on_gpu: bool) -> _Needs:
         elements = rows * step.matrix.shape[1]
         formats = [step.encoder, *(m.source.format for m in matrices if isinstance(m.source, Decode))]
         live = elements * max(8, *(format_.live_nbytes for format_ in formats if format_))
+        if step.encoder is not None:  # beside a tile its first rows, in both forms: see `Transcode.sampled`
+            first = min(rows, step.row_multiple) * step.matrix.shape[1]
+            live = max(live, elements * 4 + first * (step.encoder.live_nbytes + _SAMPLED_NBYTES))
         staging = max(staged_nbytes(matrix.source, 0, rows) for matrix in matrices)
         buffer = 0
         for matrix in matrices:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from moeconv.errors import CheckpointError, Problem
@@ -29,6 +30,8 @@ CONFIG = "config.json"
 MANIFEST = "moeconv.json"
 #: Notes of an unfinished run; a run that dies right behind its last step leaves it in a finished folder.
 JOURNAL = ".moeconv-journal"
+#: In an unfinished run with --consume-source: what planning needs of source files that are deleted.
+CONSUMED = ".moeconv-consumed"
 MAX_INDEX_BYTES = 200_000_000
 MAX_CONFIG_BYTES = 20_000_000
 
@@ -104,7 +107,11 @@ class LeftOut(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """What a folder holds. `tensors` is in natural order of files, then of their offsets."""
+    """What a folder holds. `tensors` is in natural order of files, then of their offsets.
+
+    `stand_ins` are files of another folder in place of weight files that an unfinished run has deleted (`consumption`):
+    they have headers and small tensors alone.
+    """
 
     root: Path
     files: tuple[WeightFile, ...]
@@ -114,6 +121,12 @@ class Checkpoint(NamedTuple):
     left_out: tuple[LeftOut, ...]
     manifest: Mapping[str, Any]
     index_metadata: Mapping[str, Any]
+    stand_ins: Mapping[str, Path] = MappingProxyType({})
+
+    @property
+    def weight_paths(self) -> tuple[Path, ...]:
+        """Where the weight files lie."""
+        return tuple(self.stand_ins.get(file.path, self.root / file.path) for file in self.files)
 
     @property
     def index_total_size(self) -> int | None:
@@ -143,6 +156,7 @@ class _Opening:
     root: Path
     files: Files
     problems: list[Problem] = field(default_factory=list)
+    stand_ins: dict[str, Path] = field(default_factory=dict)
 
     def is_usable(self, entry: FileStat) -> bool:
         """Whether a file can be read and is no pointer of Git LFS; else a problem is noted."""
@@ -202,7 +216,9 @@ def read_manifest(content: bytes) -> Any:
     return json.loads(content)
 
 
-def open_checkpoint(root: Path, files: Files | None = None, include: tuple[str, ...] = ()) -> Checkpoint:
+def open_checkpoint(
+    root: Path, files: Files | None = None, include: tuple[str, ...] = (), stand_ins: Path | None = None
+) -> Checkpoint:
     """Read the headers of a checkpoint folder.
 
     Args:
@@ -210,6 +226,7 @@ def open_checkpoint(root: Path, files: Files | None = None, include: tuple[str, 
         files: door to the file system.
         include: further safetensors files, relative to the folder, that belong to the model though no
             index names them.
+        stand_ins: folder of files in place of weight files that are missing; it need not exist.
 
     Raises:
         CheckpointError: with everything that is wrong.
@@ -224,6 +241,11 @@ def open_checkpoint(root: Path, files: Files | None = None, include: tuple[str, 
             unreadable.append(path)
         else:
             found[path] = entry
+    if stand_ins is not None and opening.files.is_folder(stand_ins):
+        for path, entry in opening.files.walk(stand_ins):
+            if entry is not None and path not in found:
+                found[path] = entry
+                opening.stand_ins[path] = stand_ins / path
     if JOURNAL in found and MANIFEST not in found:
         raise CheckpointError(
             f"{root} is an unfinished run of moeconv: not all of its weights are there",
@@ -248,7 +270,8 @@ def open_checkpoint(root: Path, files: Files | None = None, include: tuple[str, 
     if opening.problems:
         raise CheckpointError.of(opening.problems)
     return Checkpoint(
-        root, tuple(weights), tensors, config, tuple(sidecars), tuple(left_out), manifest, index_metadata
+        root, tuple(weights), tensors, config, tuple(sidecars), tuple(left_out), manifest, index_metadata,
+        opening.stand_ins,
     )  # fmt: skip
 
 
@@ -357,7 +380,7 @@ def _read_headers(
 def _read_header(opening: _Opening, entry: FileStat, number: int) -> tuple[WeightFile, dict[str, StoredTensor]]:
     if entry.nbytes < 8:
         raise HeaderError(f"{entry.nbytes} bytes are no safetensors file")
-    file = opening.files.open_read(opening.root / entry.path)
+    file = opening.files.open_read(opening.stand_ins.get(entry.path, opening.root / entry.path))
     try:
         head = bytearray(8)
         file.read_into(memoryview(head), 0)

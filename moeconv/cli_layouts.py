@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeconv.commands import app, open_source, plan_app, show_or_run, show_plan
+from moeconv.commands import app, begin, open_source, plan_app, show_or_run, show_plan
 from moeconv.options import (
     Command,
+    ConsumeOption,
     Destination,
     DryRunOption,
+    HashOption,
     IncludeOption,
     JobsOption,
     JsonOption,
@@ -20,10 +22,14 @@ from moeconv.options import (
     OptionalDestination,
     OverwriteOption,
     RecipeOption,
+    RestartOption,
+    RunOptions,
     ShardOption,
     Source,
     ToOption,
+    YesOption,
     check_layouts,
+    run_options,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -41,27 +47,30 @@ def _make_plan(
     max_memory: str | None,
     *,
     undo: str | None = None,
+    destination: Path | None = None,
 ) -> Plan:
     """The plan of a change of layout; what was in layout `undo` before the folder was made stays in it."""
     from moeconv.manifest import kept_blocks
     from moeconv.plan import plan
 
     check_layouts(to, layout)
-    checkpoint, found, options = open_source(source, recipe, layout, include, max_shard_size, jobs, max_memory)
+    checkpoint, found, options = open_source(
+        source, recipe, layout, include, max_shard_size, jobs, max_memory, destination=destination
+    )
     stay = kept_blocks(checkpoint.manifest, undo) if undo is not None else ()
     return plan(checkpoint, found, to, options._replace(stay=stay))
 
 
 def _convert(
     source: Path, destination: Path, to: str, recipe: str | None, layout: str | None, include: list[str] | None,
-    max_shard_size: str, jobs: int | None, max_memory: str | None, as_json: bool, dry_run: bool, no_fsync: bool,
-    overwrite: bool, *, undo: str | None = None,
+    max_shard_size: str, jobs: int | None, max_memory: str | None, how: RunOptions, *, undo: str | None = None,
 ) -> None:  # fmt: skip
-    from moeconv.writer import check_destination
-
-    check_destination(source, destination)
-    made = _make_plan(source, to, recipe, layout, include, max_shard_size, jobs, max_memory, undo=undo)
-    show_or_run(made, destination, as_json, dry_run, no_fsync, overwrite)
+    if not begin(source, destination, how):
+        return
+    made = _make_plan(
+        source, to, recipe, layout, include, max_shard_size, jobs, max_memory, undo=undo, destination=destination
+    )  # fmt: skip
+    show_or_run(made, destination, how)
 
 
 @app.command(cls=Command)
@@ -69,12 +78,13 @@ def pack(
     source: Source, destination: Destination, recipe: RecipeOption = None, layout: LayoutOption = None,
     include: IncludeOption = None, max_shard_size: ShardOption = "5GB", jobs: JobsOption = None,
     max_memory: MemoryOption = None, as_json: JsonOption = False, dry_run: DryRunOption = False,
-    no_fsync: NoFsyncOption = False, overwrite: OverwriteOption = False,
+    no_fsync: NoFsyncOption = False, overwrite: OverwriteOption = False, restart: RestartOption = False,
+    hashes: HashOption = False, consume_source: ConsumeOption = False, yes: YesOption = False,
 ) -> None:  # fmt: skip
     """Store all experts of a layer in one tensor, as transformers v5 holds them."""
     _convert(
-        source, destination, "packed", recipe, layout, include, max_shard_size, jobs, max_memory, as_json, dry_run,
-        no_fsync, overwrite,
+        source, destination, "packed", recipe, layout, include, max_shard_size, jobs, max_memory,
+        run_options(as_json, dry_run, no_fsync, overwrite, restart, hashes, consume_source, yes),
     )  # fmt: skip
 
 
@@ -83,12 +93,13 @@ def unpack(
     source: Source, destination: Destination, recipe: RecipeOption = None, layout: LayoutOption = None,
     include: IncludeOption = None, max_shard_size: ShardOption = "5GB", jobs: JobsOption = None,
     max_memory: MemoryOption = None, as_json: JsonOption = False, dry_run: DryRunOption = False,
-    no_fsync: NoFsyncOption = False, overwrite: OverwriteOption = False,
+    no_fsync: NoFsyncOption = False, overwrite: OverwriteOption = False, restart: RestartOption = False,
+    hashes: HashOption = False, consume_source: ConsumeOption = False, yes: YesOption = False,
 ) -> None:  # fmt: skip
     """Store every expert's matrices as tensors of their own."""
     _convert(
-        source, destination, "experts", recipe, layout, include, max_shard_size, jobs, max_memory, as_json, dry_run,
-        no_fsync, overwrite, undo="packed",
+        source, destination, "experts", recipe, layout, include, max_shard_size, jobs, max_memory,
+        run_options(as_json, dry_run, no_fsync, overwrite, restart, hashes, consume_source, yes), undo="packed",
     )  # fmt: skip
 
 
@@ -97,12 +108,13 @@ def convert(
     source: Source, destination: Destination, to: ToOption, recipe: RecipeOption = None, layout: LayoutOption = None,
     include: IncludeOption = None, max_shard_size: ShardOption = "5GB", jobs: JobsOption = None,
     max_memory: MemoryOption = None, as_json: JsonOption = False, dry_run: DryRunOption = False,
-    no_fsync: NoFsyncOption = False, overwrite: OverwriteOption = False,
+    no_fsync: NoFsyncOption = False, overwrite: OverwriteOption = False, restart: RestartOption = False,
+    hashes: HashOption = False, consume_source: ConsumeOption = False, yes: YesOption = False,
 ) -> None:  # fmt: skip
     """Convert to a layout by name; `hub` is the form in which the family is published."""
     _convert(
-        source, destination, to, recipe, layout, include, max_shard_size, jobs, max_memory, as_json, dry_run,
-        no_fsync, overwrite,
+        source, destination, to, recipe, layout, include, max_shard_size, jobs, max_memory,
+        run_options(as_json, dry_run, no_fsync, overwrite, restart, hashes, consume_source, yes),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from moeconv.options import Group, check_layouts, parse_size
+from moeconv.options import Group, RunOptions, check_layouts, parse_size
 
 if TYPE_CHECKING:
     from moeconv.checkpoint import Checkpoint
@@ -44,9 +44,14 @@ app.add_typer(recipes_app, name="recipes")
 def open_source(
     source: Path, recipe: str | None, layout: str | None, include: Sequence[str] | None, max_shard_size: str,
     jobs: int | None, max_memory: str | None, device: str = "cpu", max_vram: str | None = None,
+    destination: Path | None = None,
 ) -> tuple[Checkpoint, Recipe, Options]:  # fmt: skip
-    """The checkpoint, its recipe, and the options of every command that writes."""
-    from moeconv.checkpoint import open_checkpoint
+    """The checkpoint, its recipe, and the options of every command that writes.
+
+    Of weight files that an unfinished run to `destination` has deleted, it is known what planning has to know.
+    """
+    from moeconv.checkpoint import CONSUMED, open_checkpoint
+    from moeconv.destination import partial_of
     from moeconv.device import find_devices
     from moeconv.errors import UsageError
     from moeconv.plan import Options
@@ -64,7 +69,8 @@ def open_source(
         layout=layout,
         include=tuple(include or ()),
     )
-    checkpoint = open_checkpoint(source, include=options.include)
+    stand_ins = partial_of(destination) / CONSUMED if destination else None
+    checkpoint = open_checkpoint(source, include=options.include, stand_ins=stand_ins)
     return checkpoint, select_recipe(checkpoint, recipe, layout), options
 
 
@@ -76,27 +82,45 @@ def show_plan(made: Plan, destination: Path, *, as_json: bool) -> None:
     print_json(plan_json(made, disk)) if as_json else print(plan_text(made, disk))
 
 
-def execute_shown(made: Plan, destination: Path, *, fsync: bool, overwrite: bool, pool: Pool | None = None) -> Outcome:
+def begin(source: Path, destination: Path, how: RunOptions) -> bool:
+    """Whether there is something to do, before the source is opened.
+
+    Raises:
+        OutputError: a destination that cannot be.
+    """
+    from moeconv.destination import check_destination, has_consumed
+    from moeconv.files import Files
+
+    check_destination(source, destination)
+    if not how.consume_source or not has_consumed(source, destination, sys.argv[1:], Files()):
+        return True
+    if how.as_json:
+        print_json({"schema_version": 1, "destination": str(destination), "up_to_date": True})
+    else:
+        print(f"{destination}: already up to date; the weights of {source} are consumed")
+    return False
+
+
+def execute_shown(made: Plan, destination: Path, how: RunOptions, pool: Pool | None = None) -> Outcome:
     """Run a plan and show how far it is."""
     from moeconv.executor import execute
     from moeconv.progress import Progress
 
     with Progress() as progress:
         return execute(
-            made, destination, sys.argv[1:], fsync=fsync, overwrite=overwrite, progress=progress.show, pool=pool
+            made, destination, sys.argv[1:], fsync=how.fsync, overwrite=how.overwrite, restart=how.restart,
+            consume_source=how.consume_source, hashes=how.hashes, progress=progress.show, pool=pool,
         )  # fmt: skip
 
 
-def run(
-    made: Plan, destination: Path, *, fsync: bool, overwrite: bool, as_json: bool, pool: Pool | None = None
-) -> None:  # fmt: skip
+def run(made: Plan, destination: Path, how: RunOptions, pool: Pool | None = None) -> None:
     """Run a plan and say what was done."""
     from moeconv.explain import count, size
 
     for warning in made.warnings:
         print(f"moeconv: warning: {warning}", file=sys.stderr)
-    outcome = execute_shown(made, destination, fsync=fsync, overwrite=overwrite, pool=pool)
-    if as_json:
+    outcome = execute_shown(made, destination, how, pool)
+    if how.as_json:
         print_json(
             {
                 "schema_version": 1,
@@ -108,31 +132,31 @@ def run(
                 "bytes": sum(file.nbytes for file in made.files),
                 "resumed_bytes": outcome.resumed_nbytes,
                 "seconds": round(outcome.seconds, 3),
+                **({"hash_seconds": round(outcome.hash_seconds, 3)} if how.hashes else {}),
                 "warnings": list(made.warnings),
             }
         )
     elif outcome.is_new:
-        rate = outcome.nbytes / max(outcome.seconds, 1e-9)
+        seconds = outcome.seconds - outcome.hash_seconds
+        rate = outcome.nbytes / max(seconds, 1e-9)
         tensors = sum(len(file.specs) for file in made.files)
         resumed = f", {size(outcome.resumed_nbytes)} of it from an earlier run" if outcome.resumed_nbytes else ""
+        hashed = f", and {outcome.hash_seconds:.1f} s for sha256" if how.hashes else ""
         print(
             f"{destination}: {len(made.source.tensors):,} tensors -> {tensors:,}, "
             f"{size(outcome.nbytes + outcome.resumed_nbytes)} in {count(made.files, 'file')}, "
-            f"{outcome.seconds:.1f} s ({size(int(rate))}/s){resumed}"
+            f"{seconds:.1f} s ({size(int(rate))}/s){resumed}{hashed}"
         )
     else:
         print(f"{destination}: already up to date")
 
 
-def show_or_run(
-    made: Plan, destination: Path, as_json: bool, dry_run: bool, no_fsync: bool, overwrite: bool,
-    pool: Pool | None = None,
-) -> None:  # fmt: skip
+def show_or_run(made: Plan, destination: Path, how: RunOptions, pool: Pool | None = None) -> None:
     """Print a plan where that is wanted, else run it."""
-    if dry_run:
-        show_plan(made, destination, as_json=as_json)
+    if how.dry_run:
+        show_plan(made, destination, as_json=how.as_json)
     else:
-        run(made, destination, fsync=not no_fsync, overwrite=overwrite, as_json=as_json, pool=pool)
+        run(made, destination, how, pool)
 
 
 def print_json(content: dict[str, Any]) -> None:

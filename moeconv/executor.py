@@ -5,26 +5,34 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from moeconv.checkpoint import WeightFile
+from moeconv.consumption import Consumption
 from moeconv.device import Device, make_device
-from moeconv.errors import CheckpointError
+from moeconv.errors import CheckpointError, OutputError
 from moeconv.files import Files, FileStat
-from moeconv.manifest import build_manifest
+from moeconv.journal import Done
+from moeconv.losses import read_loss
+from moeconv.manifest import build_manifest, manifest_bytes
 from moeconv.plan import Plan
 from moeconv.pool import Places, Pool, Runner, ThreadRunner
-from moeconv.steps import Task, Transcode
+from moeconv.steps import Transcode
+from moeconv.tasks import Task, source_files
 from moeconv.writer import Writer
 
-#: A run that dies repeats at most what was not journalled: this many bytes or seconds of work, plus the tasks at hand.
+#: A run that dies repeats what was not journalled. It is journalled after this many bytes or seconds.
 #: Without fsync only the seconds count: a journal whose content is on its way to the disk, behind gigabytes of data,
 #: cannot be removed before it is there, which held up runs of 2 s by another 0.3 to 0.9 s.
 JOURNAL_BYTES = 128 << 20
 JOURNAL_SECONDS = 3.0
+#: No task is begun while as much as this is not journalled, and the oldest of it for `JOURNAL_SECONDS`: where the disk
+#: is slow to make things durable, a run that dies repeats no more than it.
+AT_RISK_BYTES = 224 << 20
 _POLL_SECONDS = 0.2
 
 #: Called now and then from the main thread with bytes done and bytes in all.
@@ -38,6 +46,7 @@ class Outcome(NamedTuple):
     nbytes: int
     resumed_nbytes: int
     seconds: float
+    hash_seconds: float = 0.0
 
 
 def execute(
@@ -48,6 +57,9 @@ def execute(
     files: Files | None = None,
     fsync: bool = True,
     overwrite: bool = False,
+    restart: bool = False,
+    consume_source: bool = False,
+    hashes: bool = False,
     progress: Progress | None = None,
     devices: Sequence[Device] = (),
     pool: Pool | None = None,
@@ -61,6 +73,9 @@ def execute(
         files: door to the file system.
         fsync: survive a power loss; without, only the death of the process.
         overwrite: replace a finished folder of another plan, discard an unfinished one.
+        restart: discard an unfinished run, whatever made it.
+        consume_source: delete each weight file of the source when nothing needs it any more; goes with `fsync`.
+        hashes: note the sha256 of every file in the manifest.
         progress: told how far the run is.
         devices: in place of those that the plan names.
         pool: processes that encode, in place of threads.
@@ -71,46 +86,93 @@ def execute(
     """
     began = time.monotonic()
     files = files or Files()
-    writer = Writer(plan, destination, files, fsync=fsync, overwrite=overwrite)
+    assert fsync or not consume_source
+    writer = Writer(
+        plan, destination, files, fsync=fsync, overwrite=overwrite, restart=restart, consumes=consume_source
+    )  # fmt: skip
     if writer.is_finished():
         return Outcome(False, 0, 0, time.monotonic() - began)
     try:
         done = writer.open()
         tasks = [task for task in plan.tasks if task.id not in done]
+        _check_there(plan, tasks)
+        consumption = Consumption(plan, writer.partial, files, tasks) if consume_source else None
         devices = devices or [make_device(name) for name in plan.options.devices]
-        run = _Run(plan, writer, files, tasks, devices, pool, progress)
+        run = _Run(plan, writer, files, tasks, devices, pool, progress, consumption)
         run.start()
         try:
-            manifest = build_manifest(plan, command)  # while the threads work
+            manifest = build_manifest(plan, writer.origin, command, consume_source)  # while the threads work
         finally:
             run.wait()
-        _check_unchanged(plan, files)
-        writer.finish(manifest)
+        _check_unchanged(plan, files, run.present_files())
+        writer.write_others()
+        hashing = time.monotonic()
+        sums = _sums(writer, files, plan.memory.jobs) if hashes else {}
+        hash_seconds = time.monotonic() - hashing if hashes else 0.0
+        losses = [loss for found in (*done.values(), *run.done) for item in found.losses if (loss := read_loss(item))]
+        if consumption:
+            consumption.end()
+        writer.finish(manifest_bytes(manifest, plan, losses, sums))
     finally:
         writer.close()
     nbytes = sum(task.nbytes for task in tasks)
     resumed = sum(task.nbytes for task in plan.tasks) - nbytes
-    return Outcome(True, nbytes, resumed, time.monotonic() - began)
+    return Outcome(True, nbytes, resumed, time.monotonic() - began, hash_seconds)
 
 
-def _check_unchanged(plan: Plan, files: Files) -> None:
-    read: tuple[WeightFile | FileStat, ...] = (*plan.source.files, *plan.source.sidecars)
-    for file in read:
-        now = files.stat(plan.source.root / file.path)
+def _sums(writer: Writer, files: Files, jobs: int) -> dict[str, str]:
+    """sha256 of every file of the result, by path."""
+    paths = writer.paths()
+    with ThreadPoolExecutor(jobs) as pool:
+        return dict(zip(paths, pool.map(lambda path: files.sha256(writer.partial / path), paths), strict=True))
+
+
+def _check_there(plan: Plan, tasks: Sequence[Task]) -> None:
+    """Nothing that is still to be read may have been deleted by an earlier run."""
+    gone = {number for number, file in enumerate(plan.source.files) if file.path in plan.source.stand_ins}
+    missing = sorted({number for task in tasks for number in source_files(task)} & gone) if gone else []
+    if missing:
+        raise OutputError(
+            f"{plan.source.files[missing[0]].path} of {plan.source.root} was deleted by --consume-source, and the "
+            "journal does not say that all that it held was written",
+            "The journal is damaged. Download that file again, then run the same command.",
+        )
+
+
+def _check_unchanged(plan: Plan, files: Files, numbers: Iterable[int] | None = None) -> None:
+    """Refuse where a source file changed since it was planned.
+
+    Args:
+        plan: what is done.
+        files: door to the file system.
+        numbers: weight files to look at; None for no other files beside them.
+    """
+    source = plan.source
+    read: list[tuple[Path, WeightFile | FileStat]] = [
+        (source.weight_paths[number], source.files[number]) for number in numbers or ()
+    ]
+    read += [(source.root / entry.path, entry) for entry in source.sidecars]
+    for path, file in read:
+        now = files.stat(path)
         if (now.nbytes, now.mtime_ns) != (file.nbytes, file.mtime_ns):
             raise CheckpointError(
-                f"{plan.source.root / file.path} changed while it was read",
-                "Nothing was published. Let the source rest, then run again with --overwrite.",
+                f"{path} changed while it was read",
+                "Nothing was published. Let the source rest, then run again with --restart.",
             )
 
 
 class _Queue:
-    """Tasks by target file. File systems let one thread at a time write to a file, so each worker gets its own."""
+    """Tasks by target file. File systems let one thread at a time write to a file, so each worker gets its own.
 
-    def __init__(self, tasks: Sequence[Task]) -> None:
+    Args:
+        tasks: in the order of the plan.
+        in_order: keep to that order, for all workers together.
+    """
+
+    def __init__(self, tasks: Sequence[Task], in_order: bool) -> None:
         self.lanes: dict[int, deque[Task]] = {}
         for task in tasks:
-            self.lanes.setdefault(task.steps[0].target_file, deque()).append(task)
+            self.lanes.setdefault(0 if in_order else task.steps[0].target_file, deque()).append(task)
         self.workers: Counter[int] = Counter()
 
     def take(self, lane: int | None) -> Task | None:
@@ -131,7 +193,7 @@ class _Queue:
 class _Run:
     def __init__(
         self, plan: Plan, writer: Writer, files: Files, tasks: Sequence[Task], devices: Sequence[Device],
-        pool: Pool | None, progress: Progress | None,
+        pool: Pool | None, progress: Progress | None, consumption: Consumption | None,
     ) -> None:  # fmt: skip
         self.plan = plan
         self.writer = writer
@@ -140,15 +202,23 @@ class _Run:
         self.devices = devices
         self.pool = pool
         self.progress = progress
+        self.consumption = consumption
         self.lock = threading.Lock()
         self.wake = threading.Condition(self.lock)
-        self.queue = _Queue(self.tasks)
+        self.queue = _Queue(self.tasks, in_order=consumption is not None)
         self.done_nbytes = 0
-        self.pending: list[Task] = []
+        self.begun: dict[str, tuple[float, int]] = {}  # when tasks that are not journalled were begun, and their bytes
+        self.pending: list[tuple[Task, Done]] = []
+        self.done: list[Done] = []
         self.failure: BaseException | None = None
         self.stopped = False
         self.working = 0
         self.threads: list[threading.Thread] = []
+
+    def present_files(self) -> list[int]:
+        """Numbers of the source's weight files that are still there."""
+        numbers = range(len(self.plan.source.files))
+        return [number for number in numbers if not (self.consumption and self.consumption.has_consumed(number))]
 
     def start(self) -> None:
         """Set the threads to work. `wait` must follow."""
@@ -162,8 +232,8 @@ class _Run:
             thread.start()
 
     def _runners(self, jobs: int) -> Sequence[Runner]:
-        sources = tuple(self.plan.source.root / file.path for file in self.plan.source.files)
-        places = Places(sources, self.writer.targets, self.plan.memory)
+        checks = self.consumption is not None
+        places = Places(self.plan.source.weight_paths, self.writer.targets, self.plan.memory, checks)
         if self.pool and any(isinstance(step, Transcode) for task in self.tasks for step in task.steps):
             return self.pool.runners(jobs, places, self._wrote)
         return [
@@ -206,15 +276,11 @@ class _Run:
     def _take_tasks(self, runner: Runner) -> None:
         lane: int | None = None
         try:
-            while True:
-                with self.lock:
-                    task = None if self.stopped else self.queue.take(lane)
-                if task is None:
-                    return
+            while (task := self._next_task(lane)) is not None:
                 lane = task.steps[0].target_file
-                runner.run(task)
+                done = runner.run(task)
                 with self.lock:
-                    self.pending.append(task)
+                    self.pending.append((task, done))
                     self.wake.notify_all()
         finally:
             runner.close()
@@ -222,18 +288,51 @@ class _Run:
                 self.working -= 1
                 self.wake.notify_all()
 
+    def _next_task(self, lane: int | None) -> Task | None:
+        """The next task, once the journal has caught up; None when there is no more."""
+        with self.lock:
+            while not self.stopped and self._is_behind():
+                self.wake.notify_all()
+                self.wake.wait(_POLL_SECONDS)
+            task = None if self.stopped else self.queue.take(lane)
+            if task is not None:
+                self.begun[task.id] = time.monotonic(), task.nbytes
+            return task
+
+    def _is_behind(self) -> bool:
+        """Too much would be lost if the process died now."""
+        if sum(nbytes for _, nbytes in self.begun.values()) < AT_RISK_BYTES:
+            return False
+        return time.monotonic() - min(began for began, _ in self.begun.values()) > JOURNAL_SECONDS
+
     def _journal_tasks(self) -> None:
-        batch: list[Task] = []
+        batch: list[tuple[Task, Done]] = []
         began = time.monotonic()
+        if self.consumption:
+            self.consumption.begin()
         while True:
             with self.lock:
                 self.wake.wait_for(lambda: self.working == 0 or self.pending, timeout=JOURNAL_SECONDS)
                 finished, self.pending = self.pending, []
                 is_last = self.working == 0
+                is_due = is_last or self._is_behind() or time.monotonic() - began >= JOURNAL_SECONDS
             batch += finished
-            is_large = self.writer.fsync and sum(task.nbytes for task in batch) >= JOURNAL_BYTES
-            if batch and (is_last or is_large or time.monotonic() - began >= JOURNAL_SECONDS):
-                self.writer.journal(batch)
+            is_large = self.writer.fsync and sum(task.nbytes for task, _ in batch) >= JOURNAL_BYTES
+            if batch and (is_due or is_large):
+                self._journal_batch(batch)
                 batch, began = [], time.monotonic()
             if is_last:
                 return
+
+    def _journal_batch(self, batch: Sequence[tuple[Task, Done]]) -> None:
+        tasks = [task for task, _ in batch]
+        read = {number for task in tasks for number in source_files(task)}
+        _check_unchanged(self.plan, self.files, sorted(read.intersection(self.present_files())))
+        self.writer.journal(tasks, [done for _, done in batch])
+        if self.consumption:
+            self.consumption.note(tasks)
+        with self.lock:
+            self.done += [done for _, done in batch]
+            for task in tasks:
+                del self.begun[task.id]
+            self.wake.notify_all()

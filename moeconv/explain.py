@@ -13,6 +13,7 @@ from moeconv.files import Files
 from moeconv.moves import Change
 from moeconv.names import collapse
 from moeconv.ops import Part
+from moeconv.origin import fingerprint_of, origin_of
 from moeconv.plan import Plan
 from moeconv.tensors import Spec, total_nbytes
 from moeconv.units import Unit, unit_names
@@ -206,7 +207,7 @@ def plan_json(plan: Plan, disk: Disk) -> dict[str, Any]:
         "model_type": plan.source.config.get("model_type"),
         "recipe": plan.recipe.name,
         "layout": plan.layout,
-        "fingerprint": plan.fingerprint,
+        "fingerprint": fingerprint_of(origin_of(plan)),
         "groups": [
             {
                 "what": group.what, "why": group.why, "from": list(group.sources), "to": list(group.targets),

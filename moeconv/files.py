@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import stat
@@ -23,6 +24,10 @@ from moeconv.errors import CheckpointError, OutputError
 #: Linux moves at most this many bytes in one read or write (`man 2 write`).
 MAX_IO_BYTES = 0x7FFFF000
 _OPEN_FILES = 16
+_PROBE_BYTES = 4096
+_HASH_BYTES = 1 << 20
+#: What file systems answer that take no writes but at the end of a file.
+_NO_RANDOM_WRITES = (errno.ESPIPE, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EPERM)
 _HAS_PREADV = hasattr(os, "preadv")  # not on macOS before 11
 
 
@@ -98,6 +103,11 @@ class ReadFile:
         piece = os.pread(self._fd, len(buffer), offset)
         buffer[: len(piece)] = piece
         return len(piece)
+
+    def forget(self) -> None:
+        """Have the next reads come from the disk where the system allows it; what was not synced stays in memory."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -250,6 +260,35 @@ class Files:
         """Whether anything has that name, a dangling link included."""
         return os.path.lexists(path)
 
+    def count_names(self, path: Path) -> int:
+        """How many names (hard links) a regular file has.
+
+        Raises:
+            CheckpointError: missing.
+        """
+        try:
+            return os.stat(path).st_nlink
+        except OSError as error:
+            _fail_reading(error, path)
+
+    def sha256(self, path: Path) -> str:
+        """Of a file's whole content, hexadecimal.
+
+        Raises:
+            CheckpointError: cannot be read.
+        """
+        nbytes, found = self.stat(path).nbytes, hashlib.sha256()
+        buffer = memoryview(bytearray(min(_HASH_BYTES, max(1, nbytes))))
+        file = self.open_read(path)
+        try:
+            for at in range(0, nbytes, _HASH_BYTES):
+                piece = buffer[: min(_HASH_BYTES, nbytes - at)]
+                file.read_into(piece, at)
+                found.update(piece)
+        finally:
+            file.close()
+        return found.hexdigest()
+
     def is_link(self, path: Path) -> bool:
         return os.path.islink(path)
 
@@ -276,8 +315,8 @@ class Files:
         except OSError as error:
             _fail_writing(error, path)
 
-    def create(self, path: Path, nbytes: int) -> WriteFile:
-        """Make a file of its final size, with the blocks reserved where the file system can.
+    def create(self, path: Path, nbytes: int, *, reserve: bool = True) -> WriteFile:
+        """Make a file of its final size, with the blocks reserved where that is wanted and the file system can.
 
         Raises:
             OutputError: not enough space, a name that exists, or not writable.
@@ -287,7 +326,7 @@ class Files:
         except OSError as error:
             _fail_writing(error, path)
         try:
-            self._reserve(fd, nbytes)
+            self._reserve(fd, nbytes) if reserve else os.ftruncate(fd, nbytes)
         except OSError as error:
             os.close(fd)
             _fail_writing(error, path)
@@ -305,12 +344,67 @@ class Files:
                     raise
         os.ftruncate(fd, nbytes)  # macOS, and file systems that cannot reserve
 
+    def check_random_writes(self, folder: Path) -> None:
+        """Refuse a folder in which files can only be written from their beginning to their end.
+
+        Raises:
+            OutputError: it is on such a file system, as mounts of object stores are, or not writable.
+        """
+        path, written = folder / ".moeconv-probe", {2 * _PROBE_BYTES: b"2" * _PROBE_BYTES, 0: b"0" * _PROBE_BYTES}
+        found = bytearray(_PROBE_BYTES)
+        is_kept = True
+        try:
+            file = self.create(path, 3 * _PROBE_BYTES)
+            try:
+                for offset, content in written.items():
+                    file.write_at(content, offset)
+            finally:
+                file.close()
+            reading = self.open_read(path)
+            try:
+                for offset, content in written.items():
+                    reading.read_into(memoryview(found), offset)
+                    is_kept = is_kept and found == content
+            finally:
+                reading.close()
+        except OutputError as error:
+            cause = error.__cause__
+            if not isinstance(cause, OSError) or cause.errno not in _NO_RANDOM_WRITES:
+                raise
+            is_kept = False
+        if not is_kept:
+            raise OutputError(
+                f"{folder} is on a file system ({self._file_system(folder)}) that cannot write in the middle of a "
+                "file, as mounts of object stores cannot",
+                "Write to a local disk, then copy the finished folder.",
+            )
+        self.remove_file(path)
+
+    def _file_system(self, path: Path) -> str:
+        """The type of the file system below a path, such as `fuse.mountpoint-s3`, as far as the system tells."""
+        try:
+            lines = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return "unknown"
+        real = os.path.realpath(path)
+        mounts = [line.split(" ")[1:3] for line in lines if line.count(" ") >= 2]
+        holding = [(len(at), kind) for at, kind in mounts if real == at or real.startswith(at.rstrip("/") + "/")]
+        return max(holding)[1] if holding else "unknown"
+
     def open_write(self, path: Path) -> WriteFile:
         """Open an existing file for writing."""
         try:
             return WriteFile(path, os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0)))
         except OSError as error:
             _fail_writing(error, path)
+
+    def copy_time(self, source: Path, target: Path) -> None:
+        """Give a file the time of the last change of another."""
+        try:
+            found = os.stat(source)
+            os.utime(target, ns=(found.st_mtime_ns, found.st_mtime_ns))
+        except OSError as error:
+            _fail_writing(error, target)
 
     def copy_mode(self, source: Path, target: Path) -> None:
         """Give a file the permission bits of another, where the file system has such."""
@@ -360,6 +454,8 @@ def _fail_reading(error: OSError, path: Path) -> NoReturn:
         errno.ENOENT: "Check the path; if an index names the file, download it again.",
         errno.EACCES: "Make the file readable for this user.",
         errno.EIO: "The disk or mount reports a read error: check it, then run again.",
+        errno.ESTALE: "The mount of that path was lost: mount it again, then run the same command again.",
+        errno.ENOTCONN: "The mount of that path was lost: mount it again, then run the same command again.",
     }.get(error.errno or 0, "Check the file, then run again.")
     raise CheckpointError(f"{path} cannot be read: {error.strerror or error}", remedy) from error
 
@@ -374,6 +470,8 @@ def _fail_writing(error: OSError, path: Path) -> NoReturn:
         errno.EFBIG: "This file system cannot hold files of that size: lower --max-shard-size.",
         errno.ESPIPE: "This file system cannot write in the middle of a file: write to a local disk, then copy.",
         errno.EIO: "The disk or mount reports a write error: check it, then run again.",
+        errno.ESTALE: "The mount of that path was lost: mount it again, then run the same command again.",
+        errno.ENOTCONN: "The mount of that path was lost: mount it again, then run the same command again.",
     }.get(error.errno or 0, "Check the destination, then run again.")
     raise OutputError(f"{path} cannot be written: {error.strerror or error}", remedy) from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from moeconv.checkpoint import Checkpoint
-from moeconv.files import Files, OpenFiles
+from moeconv.small_tensors import SmallTensors
 from moeconv.transcodes import whole_scale
 
 _WEIGHT = ".weight"
@@ -21,17 +21,12 @@ def torn_matrices(source: Checkpoint, partners: Callable[[str], Sequence[str]]) 
         source: with every quantized matrix as one tensor (`decoded_view`).
         partners: the modules that engines fuse with a module, itself included.
     """
-    opened = OpenFiles(Files(), [source.root / file.path for file in source.files])
     scales: dict[str, bytes] = {}
-    try:
+    with SmallTensors(source) as contents:
         for name, tensor in source.tensors.items():
             place = whole_scale(tensor.encoded, tensor.spec.shape) if tensor.encoded is not None else None
             if place is not None:
-                content = bytearray(4)
-                opened[place[0]].read_into(memoryview(content), place[1])
-                scales[name.removesuffix(_WEIGHT)] = bytes(content)
-    finally:
-        opened.close()
+                scales[name.removesuffix(_WEIGHT)] = contents.read_in(*place, 4)
     return {
         module + _WEIGHT
         for module in scales

@@ -6,58 +6,101 @@ if a later version ships another recipe.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
-from moeconv import __version__
+from moeconv.checkpoint import INDEX
 from moeconv.errors import CheckpointError
 from moeconv.explain import groups_of
-from moeconv.plan import Plan
+from moeconv.losses import Loss, summary_of
+from moeconv.origin import fingerprint_of, origin_of
+from moeconv.plan import Plan, index_path
 from moeconv.recipe import Recipe
 from moeconv.recipe_file import parse_recipe
 
 SCHEMA_VERSION = 1
 
 
-def build_manifest(plan: Plan, command: Sequence[str]) -> bytes:
-    """The manifest of a finished run.
+def build_manifest(
+    plan: Plan, origin: Mapping[str, Any], command: Sequence[str], consumed: bool = False
+) -> dict[str, Any]:
+    """What is known of a run before it ends.
 
     Args:
-        plan: what was done.
+        plan: what is done.
+        origin: see `origin_of`.
         command: the command line, without the program's name.
+        consumed: the source is deleted on the way.
     """
-    source = plan.source
-    content = {
+    return {
         "schema_version": SCHEMA_VERSION,
-        "tool": {"name": "moeconv", "version": __version__},
+        **origin,
+        "libraries": _libraries(plan),
+        "devices": sorted({name.partition(":")[0] for name in plan.options.devices}) if plan.scheme else [],
         "command": list(command),
-        "fingerprint": plan.fingerprint,
-        "layout": plan.layout,
-        "source_layout": plan.options.layout,
-        "include": list(plan.options.include),
+        "fingerprint": fingerprint_of(origin),
+        **({"consumed_source": True} if consumed else {}),
         "kept": _kept(plan),
         "forms": _forms(plan),
-        "scheme": json.loads(plan.scheme.text) if plan.scheme else None,
-        "recipe": {"name": plan.recipe.name, "text": plan.recipe.text},
-        "source": {
-            "path": str(source.root),
-            "model_type": source.config.get("model_type"),
-            "bytes": source.nbytes,
-            "files": [
-                {"path": file.path, "bytes": file.nbytes, "header_sha256": file.header_sha256} for file in source.files
-            ],
-            "left_out": [{"path": item.path, "bytes": item.nbytes, "why": item.why} for item in source.left_out],
-        },
         "renamed": [
             {"from": list(group.sources), "to": list(group.targets)}
             for group in groups_of(plan)
             if group.what != "copied"
         ],
-        "history": _history(source.manifest),
+        "history": _history(plan.source.manifest),
     }
+
+
+def manifest_bytes(
+    content: Mapping[str, Any], plan: Plan, losses: Iterable[Loss] = (), sums: Mapping[str, str] | None = None
+) -> bytes:
+    """The manifest of a finished run.
+
+    Args:
+        content: from `build_manifest`.
+        plan: what was done.
+        losses: what encoding was seen to lose.
+        sums: sha256 of every file but this one, by path; None or empty where they were not wanted.
+    """
+    sums = sums or {}
+    heads = {file.path: hashlib.sha256(file.head).hexdigest() for file in plan.files}
+    sizes = {file.path: file.nbytes for file in plan.files} | {file.path: file.nbytes for file in plan.copied_files}
+    sizes |= {path: len(made) for path, made in plan.contents.items()}
+    sizes |= {index: len(plan.index)} if (index := index_path(plan)) else {}
+    files = [
+        {
+            "path": path, "bytes": nbytes,
+            **({"header_sha256": heads[path]} if path in heads else {}),
+            **({"sha256": sums[path]} if path in sums else {}),
+        }
+        for path, nbytes in sorted(sizes.items())
+    ]  # fmt: skip
+    whole = {**content, "files": files, **({"errors": summary_of(plan, losses)} if plan.scheme else {})}
     # Python has bytes of names that are not UTF-8 as half characters; they become escapes, which stay JSON.
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+    return (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def largest_manifest(plan: Plan, command: Sequence[str], hashes: bool) -> int:
+    """Bytes that the manifest of a run has at most, before anything is known of what it loses."""
+    content = build_manifest(plan, origin_of(plan), command)
+    longest = max((value.fill.target.name for value in plan.values), key=len, default="")
+    losses = [Loss(name, longest, 0.123456e-10, 1.0) for name in {v.format.name for v in plan.values if v.format}]
+    paths = [file.path for file in plan.files] + [file.path for file in plan.copied_files] + [*plan.contents, INDEX]
+    sums = dict.fromkeys(paths, "0" * 64) if hashes else {}
+    spare = len(str(len(plan.values))) * len(losses)  # more may be sampled than one
+    return len(manifest_bytes(content, plan, losses, sums)) + spare
+
+
+def _libraries(plan: Plan) -> dict[str, str]:
+    """Versions of what the result was made with. A change of layout needs none but Python."""
+    found = {"python": platform.python_version()}
+    if plan.scheme is not None:
+        found |= {name: version(name) for name in ("numpy", "torch")}
+    return found
 
 
 def _kept(plan: Plan) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 import typer.core
@@ -101,8 +101,23 @@ NoFsyncOption = Annotated[
     bool, typer.Option("--no-fsync", help="Do not wait for the disk: a power loss may damage a finished DST.")
 ]
 OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace a DST that moeconv made, or discard an unfinished run.")
+    bool,
+    typer.Option("--overwrite", help="Replace a DST that moeconv made, or discard an unfinished run of another plan."),
 ]
+RestartOption = Annotated[
+    bool, typer.Option("--restart", help="Discard an unfinished run and begin anew, instead of going on with it.")
+]
+HashOption = Annotated[
+    bool, typer.Option("--hash", help="Note the sha256 of every file in moeconv.json: DST is read once more.")
+]
+ConsumeOption = Annotated[
+    bool,
+    typer.Option(
+        "--consume-source",
+        help="Delete each weight file of SRC once all that it held is in DST, durable and compared. Needs --yes.",
+    ),
+]
+YesOption = Annotated[bool, typer.Option("--yes", help="Yes, --consume-source may delete the weights of SRC.")]
 
 
 FormatOption = Annotated[
@@ -164,6 +179,42 @@ DecodedDtypeOption = Annotated[
     ),
 ]  # fmt: skip
 NonfiniteOption = Annotated[bool, typer.Option("--allow-nonfinite", help="Count NaN and infinities as zero.")]
+
+
+class RunOptions(NamedTuple):
+    """How a plan is run, whatever it is. `execute` says what each means."""
+
+    as_json: bool = False
+    dry_run: bool = False
+    fsync: bool = True
+    overwrite: bool = False
+    restart: bool = False
+    hashes: bool = False
+    consume_source: bool = False
+
+
+def run_options(
+    as_json: bool, dry_run: bool, no_fsync: bool, overwrite: bool, restart: bool, hashes: bool, consume_source: bool,
+    yes: bool,
+) -> RunOptions:  # fmt: skip
+    """How a plan is run, from the command line.
+
+    Raises:
+        UsageError: a source that is to be deleted without a word, or without waiting for the disk.
+    """
+    if yes and not consume_source:
+        raise UsageError("--yes answers what only --consume-source asks", "Leave it out.")
+    if consume_source and no_fsync:
+        raise UsageError(
+            "--consume-source deletes what is durable elsewhere, and --no-fsync does not wait for that",
+            "Leave out --no-fsync.",
+        )
+    if consume_source and not yes and not dry_run:
+        raise UsageError(
+            "--consume-source deletes the weights of SRC while they are converted",
+            "If DST is to be all that is left, say so with --yes.",
+        )
+    return RunOptions(as_json, dry_run, not no_fsync, overwrite, restart, hashes, consume_source)
 
 
 def parse_size(text: str, option: str) -> int:

@@ -6,15 +6,12 @@ output has its place, and every task that writes it an id) or raises `PlanError`
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from moeconv import __version__
 from moeconv.checkpoint import INDEX, Checkpoint, StoredTensor
 from moeconv.encoded import MODELOPT_SETTINGS, format_of_module, quantization_config
 from moeconv.engines import Reading, format_readings, readings
@@ -26,7 +23,8 @@ from moeconv.recipe import Recipe
 from moeconv.scheme import Scheme
 from moeconv.shards import TargetFile, place_specs
 from moeconv.states import is_stated
-from moeconv.steps import TASK_BYTES, Copy, Step, Task, needs_whole_bytes, steps_of, tasks_of
+from moeconv.steps import Copy, Step, needs_whole_bytes, steps_of
+from moeconv.tasks import TASK_BYTES, Task, tasks_of
 from moeconv.tensors import Spec
 from moeconv.units import Unit, layout_lines
 from moeconv.values import Value
@@ -118,7 +116,6 @@ class Plan:
         memory: see `Memory`.
         readings: which engines read the result.
         warnings: what the user should know, none of which stops the run.
-        fingerprint: sha256 of everything that decides the output's bytes.
         scheme: what is quantized to what; None for a change of layout.
         values: every target of a quantization.
         contents: small files that are not the source's, config.json above all, by path.
@@ -137,7 +134,6 @@ class Plan:
     memory: Memory
     readings: tuple[Reading, ...]
     warnings: tuple[str, ...]
-    fingerprint: str
     scheme: Scheme | None = None
     values: tuple[Value, ...] = ()
     contents: Mapping[str, bytes] = field(default_factory=dict)
@@ -227,7 +223,7 @@ def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | Non
         warnings.append(f"no engine is known to read packed experts in the form {', '.join(forms)}")
     return Plan(
         source, recipe, layout, options, tuple(changes), kept, found.rest, files, index, make_tasks, memory, readers,
-        tuple(warnings), fingerprint_of(source, recipe, layout, options),
+        tuple(warnings),
     )  # fmt: skip
 
 
@@ -335,21 +331,6 @@ def reader_warnings(readers: Sequence[Reading]) -> list[str]:
     return [
         f"{reading.engine} does not read this result: {reading.why}" for reading in readers if reading.reads == "no"
     ]
-
-
-def fingerprint_of(source: Checkpoint, recipe: Recipe, layout: str, options: Options) -> str:
-    """sha256 of everything that decides the bytes of a change of layout."""
-    content: Mapping[str, Any] = {
-        "version": __version__,
-        "weights": [(file.path, file.nbytes, file.mtime_ns, file.header_sha256) for file in source.files],
-        "sidecars": [(file.path, file.nbytes, file.mtime_ns) for file in source.sidecars],
-        "recipe": recipe.text,
-        "layout": layout,
-        "source_layout": options.layout,
-        "max_shard_nbytes": options.max_shard_nbytes,
-        "stay": options.stay,
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def index_path(plan_: Plan) -> str | None:

@@ -21,10 +21,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
 from moeconv.device import CpuDevice, Device
-from moeconv.errors import RunError
+from moeconv.errors import OutputError, RunError
 from moeconv.files import Files, Rows, WriteFile
+from moeconv.journal import Done
 from moeconv.plan import Memory
-from moeconv.steps import Task
+from moeconv.tasks import Task
 from moeconv.transcoder import Sink
 from moeconv.worker import Worker
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 MAX_PROCESSES = 64
 #: A worker process says how far it is whenever it has written this many bytes.
 _REPORT_BYTES = 32 << 20
+_CHECK_BYTES = 256 << 10
 _PR_SET_PDEATHSIG = 1
 
 #: Called with the bytes that were written since the last call.
@@ -42,18 +44,26 @@ Wrote = Callable[[int], None]
 
 
 class Places(NamedTuple):
-    """What a worker must know of a run: source and target files by number, and what memory it may take."""
+    """What a worker must know of a run.
+
+    Attributes:
+        sources: source files by number.
+        targets: target files by number.
+        memory: what it may take.
+        checks: read what was written once more, from the disk, and compare it with what the source makes.
+    """
 
     sources: tuple[Path, ...]
     targets: tuple[Path, ...]
     memory: Memory
+    checks: bool = False
 
 
 class Runner(ABC):
     """Runs tasks one after another. For one thread at a time."""
 
     @abstractmethod
-    def run(self, task: Task) -> None:
+    def run(self, task: Task) -> Done:
         """Run a task to its end."""
 
     @abstractmethod
@@ -74,18 +84,52 @@ class ThreadRunner(Runner):
     def __init__(self, files: Files, places: Places, device: Device, wrote: Wrote) -> None:
         self._files = files
         self._targets = places.targets
+        self._checks = places.checks
         self._worker = Worker(files, places.sources, places.memory, device)
         self._wrote = wrote
 
-    def run(self, task: Task) -> None:
-        target = self._files.open_write(self._targets[task.steps[0].target_file])
+    def run(self, task: Task) -> Done:
+        path = self._targets[task.steps[0].target_file]
+        target = self._files.open_write(path)
         try:
-            sink = self._sink(target)
-            for step in task.steps:
-                self._worker.run(step, sink)
-            self._worker.finish(sink)
+            self._pass(task, self._sink(target))
+            losses = tuple(self._worker.take_losses())
+            if self._checks:
+                target.sync()
+                self._check(task, path)
         finally:
             target.close()
+        return Done(task.id, tuple(list(loss) for loss in losses), self._checks)
+
+    def _pass(self, task: Task, sink: Sink) -> None:
+        for step in task.steps:
+            self._worker.run(step, sink)
+        self._worker.finish(sink)
+
+    def _check(self, task: Task, path: Path) -> None:
+        """Make all bytes of a task once more, and hold them against what the disk has."""
+        written = self._files.open_read(path)
+        buffer = memoryview(bytearray(_CHECK_BYTES))
+
+        def compare(_: int, offset: int, content: memoryview, rows: Rows | None) -> None:
+            rows = rows or Rows(1, len(content), len(content), len(content))
+            for number in range(rows.count):
+                begin = number * rows.pitch
+                for at in range(0, rows.nbytes, _CHECK_BYTES):
+                    found = buffer[: min(_CHECK_BYTES, rows.nbytes - at)]
+                    written.read_into(found, offset + number * rows.stride + at)
+                    if bytes(found) != bytes(content[begin + at : begin + at + len(found)]):
+                        raise OutputError(
+                            f"{path} does not hold what was written to it, near byte {offset + at:,}",
+                            "The disk or its memory is failing: no source file of these bytes was deleted.",
+                        )
+
+        try:
+            written.forget()
+            self._pass(task, compare)
+            self._worker.take_losses()
+        finally:
+            written.close()
 
     def _sink(self, target: WriteFile) -> Sink:
         def write(_: int, offset: int, content: memoryview, rows: Rows | None) -> None:
@@ -116,14 +160,14 @@ class ProcessRunner(Runner):
         with _noticing_death():
             self._channel.send(places)
 
-    def run(self, task: Task) -> None:
+    def run(self, task: Task) -> Done:
         with _noticing_death():
             self._channel.send(task)
         while True:
             with _noticing_death():
                 reply = self._channel.receive()
-            if reply is None:
-                return
+            if isinstance(reply, Done):
+                return reply
             if isinstance(reply, _Failure):
                 raise reply.error from RuntimeError(reply.trace)
             self._wrote(reply)
@@ -277,12 +321,12 @@ def _serve(channel: _Channel, failure: _Failure | None) -> None:
                     runner.close()
                 runner = ThreadRunner(Files(), task, CpuDevice(), wrote)
                 continue
-            reply = failure
-            if reply is None and runner is not None:
-                try:
-                    runner.run(task)
-                except Exception as error:
-                    reply = _failure(error)
+            assert runner is not None
+            reply: Done | _Failure
+            try:
+                reply = failure or runner.run(task)
+            except Exception as error:
+                reply = _failure(error)
             channel.send(unreported)
             unreported = 0
             channel.send(reply)

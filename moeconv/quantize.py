@@ -6,7 +6,6 @@ it has. The result is an ordinary plan, whose steps the executor runs like those
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -24,13 +23,13 @@ from moeconv.formats import Probe
 from moeconv.fused import torn_matrices
 from moeconv.joined import joined_values
 from moeconv.layouts import find_units
+from moeconv.losses import sampled_matrices
 from moeconv.moves import Change, Fill, by_move, change, copy_of
 from moeconv.names import collapse, natural_key
 from moeconv.plan import (
     NAME_BYTES,
     Options,
     Plan,
-    fingerprint_of,
     jobs_of,
     reader_warnings,
     source_warnings,
@@ -39,7 +38,8 @@ from moeconv.recipe import Recipe
 from moeconv.recipe_file import load_recipe
 from moeconv.scheme import Decider, Decision, Scheme
 from moeconv.shards import place_specs
-from moeconv.steps import Step, Task, tasks_of
+from moeconv.steps import Step
+from moeconv.tasks import Task, tasks_of
 from moeconv.tensors import Spec
 from moeconv.transcodes import ANYWHERE, value_steps
 from moeconv.units import Unit, other_names
@@ -142,6 +142,7 @@ class _Planner:
         formats = [scheme.default, *(rule.format for rule in scheme.rules)]
         shares = any(made and made.shares_scale and not made.is_packed for made in formats)
         self.packs = any(made and made.is_packed for made in formats)
+        self.sampled: Set[tuple[str, int]] = set()
         self.torn = torn_matrices(self.source, self.decider.partners) if shares else set()
 
     def plan(self) -> Plan:
@@ -179,6 +180,7 @@ class _Planner:
             self.every, values = tuple(values), [value for value in values if value.format is not None]
             kinds = [kind for kind in kinds if kind[0].format is not None]
             self.source = self.source._replace(sidecars=())
+        self.sampled = sampled_matrices(kinds)
         targets = _groups_of_targets(values, kinds)
         files, places, index = place_specs(targets, self.source, self.options.max_shard_nbytes)
 
@@ -200,7 +202,7 @@ class _Planner:
         warnings = [*source_warnings(self.source, changes), *self._warnings(kinds), *reader_warnings(readers)]
         return Plan(
             self.source, recipe, layout, self.options, tuple(changes), tuple(kept), found.rest, files, index,
-            make_tasks, memory, readers, tuple(warnings), self._fingerprint(), self.scheme, tuple(values), config,
+            make_tasks, memory, readers, tuple(warnings), self.scheme, tuple(values), config,
         )  # fmt: skip
 
     def _readers(
@@ -346,11 +348,9 @@ class _Planner:
     def _steps(
         self, value: Value, places: Mapping[str, tuple[int, int]], shared: Mapping[str, tuple[Value, ...]]
     ) -> Iterator[Step]:
-        return value_steps(value, places, self.scheme.allow_nonfinite, shared.get(value.fill.target.name, ()))
-
-    def _fingerprint(self) -> str:
-        before = fingerprint_of(self.stored, self.recipe, "quantize", self.options)
-        return hashlib.sha256(f"{before} {self.scheme.text}".encode()).hexdigest()
+        name = value.fill.target.name
+        is_sampled = (name, value.fill.at) in self.sampled
+        return value_steps(value, places, self.scheme.allow_nonfinite, shared.get(name, ()), is_sampled)
 
     def _warnings(self, kinds: Sequence[Kind]) -> list[str]:
         lines = []

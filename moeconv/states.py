@@ -13,9 +13,9 @@ from typing import Any
 
 from moeconv.checkpoint import Checkpoint, Encoded, StoredTensor
 from moeconv.errors import Problem
-from moeconv.files import Files, OpenFiles
 from moeconv.formats import CODEBOOKS, StoredBnb4
 from moeconv.header import HeaderError, read_json
+from moeconv.small_tensors import SmallTensors
 from moeconv.tensors import Shape, Spec
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -36,19 +36,16 @@ def stated_view(source: Checkpoint, problems: list[Problem], dtype: str | None =
     if not marks:
         return source
     tensors = dict(source.tensors)
-    opened = OpenFiles(Files(), [source.root / file.path for file in source.files])
-    try:
+    with SmallTensors(source) as contents:
         for mark, kind in marks.items():
             base = mark.removesuffix(_STATE + kind)
-            found = _stated(base, mark, kind, source.tensors, opened, dtype)
+            found = _stated(base, mark, kind, source.tensors, contents, dtype)
             if isinstance(found, str):
                 problems.append(Problem(f"{base}: {found}", "Start from the checkpoint in full precision."))
             else:
                 tensors[base] = found
             for word in (*_WORDS, _STATE + kind):
                 tensors.pop(base + word, None)
-    finally:
-        opened.close()
     return source._replace(tensors=tensors)
 
 
@@ -58,12 +55,12 @@ def is_stated(name: str) -> bool:
 
 
 def _stated(
-    base: str, mark: str, kind: str, tensors: Mapping[str, StoredTensor], opened: OpenFiles, dtype: str | None
+    base: str, mark: str, kind: str, tensors: Mapping[str, StoredTensor], contents: SmallTensors, dtype: str | None
 ) -> StoredTensor | str:
     """A 4-bit tensor, or why it cannot be read."""
     if tensors[mark].spec.dtype != "U8" or tensors[mark].spec.nbytes > _MAX_STATE_BYTES:
         return f"{tensors[mark].spec} is no state of bitsandbytes"
-    state = _state(_read(tensors[mark], opened), kind)
+    state = _state(contents.read(tensors[mark]), kind)
     if isinstance(state, str):
         return state
     shape, own, offset = state
@@ -77,7 +74,7 @@ def _stated(
         if (tensor.spec.dtype, tensor.spec.shape) != (part.dtype, part.shape) and name != mark:
             return f"{tensor.spec} should be {part.dtype} {list(part.shape)}"
         parts[part.suffix] = tensor
-    values = struct.unpack("<16f", _read(parts["weight.quant_map"], opened))
+    values = struct.unpack("<16f", contents.read(parts["weight.quant_map"]))
     if values != CODEBOOKS[kind]:
         return f"its quant_map is not that of {kind}"
     codes = parts["weight"]
@@ -103,12 +100,6 @@ def _state(content: bytes, kind: str) -> tuple[Shape, str, float | None] | str:
     if not is_usual or not isinstance(offset, int | float) or not isfinite(offset):
         return f"its scales are quantized in a way that is not known: {str(said)[:200]}"
     return tuple(shape), dtype, float(offset)
-
-
-def _read(tensor: StoredTensor, opened: OpenFiles) -> bytes:
-    content = bytearray(tensor.spec.nbytes)
-    opened[tensor.file].read_into(memoryview(content), tensor.offset)
-    return bytes(content)
 
 
 @cache

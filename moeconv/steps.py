@@ -15,8 +15,6 @@ from moeconv.formats import Decoder, Format
 from moeconv.moves import Fill
 from moeconv.tensors import DTYPE_BITS, Shape, View, row_major_strides
 
-#: A task moves about this many bytes; larger steps are cut.
-TASK_BYTES = 64 << 20
 #: Parts of a quantized matrix begin at multiples of this in a staging buffer.
 PART_ALIGNMENT = 64
 
@@ -163,6 +161,7 @@ class Transcode(NamedTuple):
         allow_nonfinite: NaN and infinities count as zero; otherwise they are an error.
         sharing: all matrices with which it shares a scale, itself included; they are measured first.
         is_retold: the encoder takes the parts of the source as they are.
+        sampled: so many first rows are decoded again, to tell what encoding lost; 0 for none.
     """
 
     matrix: Matrix
@@ -175,6 +174,7 @@ class Transcode(NamedTuple):
     allow_nonfinite: bool
     sharing: tuple[Matrix, ...] = ()
     is_retold: bool = False
+    sampled: int = 0
 
     @property
     def target_file(self) -> int:
@@ -216,14 +216,6 @@ class Content(NamedTuple):
 
 
 Step = Copy | Zeros | Rearrange | Transcode | Content
-
-
-class Task(NamedTuple):
-    """Steps that are done and journalled together. `id` is the same in every run of the same plan."""
-
-    id: str
-    steps: tuple[Step, ...]
-    nbytes: int
 
 
 def needs_whole_bytes(fill: Fill) -> bool:
@@ -286,92 +278,6 @@ def whole_run(step: Rearrange) -> int | None:
     if not (piece.source_view.is_run and piece.target_view.is_run) or prod(piece.target_view.shape) != prod(step.block):
         return None
     return piece.source_offset + piece.source_view.first * step.item_nbytes
-
-
-def tasks_of(steps: Sequence[Step], target_names: Sequence[str]) -> tuple[Task, ...]:
-    """Group steps into tasks of about `TASK_BYTES`, in the order of their targets.
-
-    Args:
-        steps: in any order.
-        target_names: names of the target files, for the ids.
-    """
-    ordered = sorted(steps, key=lambda step: (step.target_file, step.target_offset))
-    tasks: list[Task] = []
-    group: list[Step] = []
-    size = 0
-
-    def close() -> None:
-        nonlocal group, size
-        if group:
-            first = group[0]
-            tasks.append(Task(f"{target_names[first.target_file]}@{first.target_offset}", tuple(group), size))
-        group, size = [], 0
-
-    for step in _joined(ordered):
-        for piece in _cut(step):
-            if group and (size + piece.nbytes > TASK_BYTES or group[0].target_file != piece.target_file):
-                close()
-            group.append(piece)
-            size += piece.nbytes
-    close()
-    return tuple(tasks)
-
-
-def _joined(steps: Sequence[Step]) -> Iterator[Step]:
-    """Neighbouring copies that are neighbours in the source too become one; empty ones go."""
-    last: Copy | None = None
-    for step in steps:
-        if isinstance(step, Copy):
-            if step.nbytes == 0:
-                continue
-            if (
-                last is not None
-                and (last.source_file, last.target_file) == (step.source_file, step.target_file)
-                and last.source_offset + last.nbytes == step.source_offset
-                and last.target_offset + last.nbytes == step.target_offset
-            ):
-                last = Copy(
-                    last.source_file,
-                    last.source_offset,
-                    last.target_file,
-                    last.target_offset,
-                    last.nbytes + step.nbytes,
-                )
-                continue
-        if last is not None:
-            yield last
-        last = step if isinstance(step, Copy) else None
-        if last is None and step.nbytes:
-            yield step
-    if last is not None:
-        yield last
-
-
-def _cut(step: Step) -> Iterator[Step]:
-    if step.nbytes <= TASK_BYTES:
-        yield step
-    elif isinstance(step, Copy):
-        for at in range(0, step.nbytes, TASK_BYTES):
-            yield Copy(
-                step.source_file, step.source_offset + at, step.target_file, step.target_offset + at,
-                min(TASK_BYTES, step.nbytes - at),
-            )  # fmt: skip
-    elif isinstance(step, Zeros):
-        for at in range(0, step.nbytes, TASK_BYTES):
-            yield Zeros(step.target_file, step.target_offset + at, min(TASK_BYTES, step.nbytes - at))
-    elif isinstance(step, Transcode):
-        rows = max(1, TASK_BYTES // max(1, step.row_nbytes) // step.row_multiple) * step.row_multiple
-        for first in range(step.first, step.last, rows):
-            yield step._replace(first=first, last=min(first + rows, step.last))
-    elif isinstance(step, Content):
-        yield step
-    else:
-        rows = max(1, TASK_BYTES // step.row_nbytes)
-        for first in range(step.first, step.last, rows):
-            yield Rearrange(
-                step.target_file, step.block_offset, step.block, step.item_nbytes,
-                first, min(first + rows, step.last), step.pieces,
-            )  # fmt: skip
 
 
 Ranges = tuple[tuple[int, int], ...]

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moeconv.checkpoint import MAX_CONFIG_BYTES, Checkpoint, open_checkpoint
+from moeconv.destination import check_foreign
 from moeconv.encoded import CONFIG_DTYPES
 from moeconv.errors import CheckpointError, OutputError, PlanError, UsageError
 from moeconv.explain import size
 from moeconv.files import Files
 from moeconv.formats import FAMILY_FORMATS, FORMATS, Format, Probe, format_name
-from moeconv.manifest import build_manifest
+from moeconv.manifest import largest_manifest
 from moeconv.plan import DEFAULT_SHARD_BYTES, Options, Plan
 from moeconv.quantize import Measurement, plan_measurement, plan_quantize
 from moeconv.recipe import Recipe
@@ -30,7 +31,6 @@ from moeconv.sizing import (
     total_of,
     uniform_choices,
 )
-from moeconv.writer import check_foreign
 
 #: Plans that are made until no better one is found: headers and shards are only known then.
 _ATTEMPTS = 6
@@ -48,6 +48,7 @@ class Wanted(NamedTuple):
         allow_nonfinite: NaN and infinities count as zero.
         extends: the recipe of the layouts, where one is named.
         command: the command line, which the manifest of the result holds.
+        hashes: the manifest has the sha256 of every file.
     """
 
     nbytes: int
@@ -58,6 +59,7 @@ class Wanted(NamedTuple):
     allow_nonfinite: bool
     extends: str | None
     command: tuple[str, ...] = ()
+    hashes: bool = False
 
 
 def parse_formats(text: str, options: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -221,7 +223,7 @@ class _Sizer:
             "dtype": wanted.dtype, "allow_nonfinite": wanted.allow_nonfinite,
         }  # fmt: skip
         plan = plan_quantize(self.source, self.recipe, scheme_of(said, str(self.path)), self.options)
-        nbytes = plan.output_nbytes + len(build_manifest(plan, wanted.command))
+        nbytes = plan.output_nbytes + largest_manifest(plan, wanted.command, wanted.hashes)
         found = self.tried[_key(chosen)] = _Try(text, plan, nbytes, error)
         return found
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from moeconv.device import Compute, Job, Lane
 from moeconv.errors import CheckpointError
 from moeconv.files import OpenFiles, Rows
-from moeconv.formats import EXPONENT_NAN, FormatError
+from moeconv.formats import EXPONENT_NAN, Format, FormatError
+from moeconv.losses import Loss
 from moeconv.steps import (
     PART_ALIGNMENT,
     Decode,
@@ -70,18 +71,21 @@ class Transcoder:
         self._fill = fill
         self._tile_elements = memory.tile_elements
         self._under_way: deque[tuple[Transcode, int, int, Job]] = deque()
+        self._losses: list[Loss] = []
         self._staging = deque(lane.staging(memory.staging) for _ in range(lane.depth))
         self._peaks: dict[str, float] = {}
 
     def run(self, step: Transcode, sink: Sink) -> None:
         """Begin all tiles of a step; the last ones may still be under way afterwards."""
         rows = tile_rows(step, self._tile_elements)
-        compute = _encoding(step, self._peak(step, rows, sink) if step.sharing else 0.0)
+        peak = self._peak(step, rows, sink) if step.sharing else 0.0
+        compute, sampling = _encoding(step, peak, 0), _encoding(step, peak, step.sampled)
         for first in range(step.first, step.last, rows):
             last = min(first + rows, step.last)
             if len(self._under_way) == self._lane.depth:
                 self._deliver(sink)  # the job that read the staging buffer which comes next
-            self._under_way.append((step, first, last, self._submit(step.matrix, first, last, compute)))
+            job = self._submit(step.matrix, first, last, compute if first else sampling)
+            self._under_way.append((step, first, last, job))
 
     def _submit(self, matrix: Matrix, first: int, last: int, compute: Compute) -> Job:
         try:
@@ -118,6 +122,11 @@ class Transcoder:
         while self._under_way:
             self._deliver(sink)
 
+    def take_losses(self) -> list[Loss]:
+        """What was seen to be lost since the last call."""
+        found, self._losses = self._losses, []
+        return found
+
     def abandon(self) -> None:
         """Wait, after a failure, until nothing reads the staging buffers any more."""
         while self._under_way:
@@ -127,9 +136,12 @@ class Transcoder:
         import torch
 
         step, first, last, job = self._under_way.popleft()
-        *made, is_finite = job.wait()
+        *made, lost, is_finite = job.wait()
         if not bool(is_finite):
             raise self._cause(step, first, last)
+        if lost.numel() and step.encoder:
+            error, norm = lost.tolist()
+            self._losses.append(Loss(step.encoder.name, step.matrix.name, error, norm))
         for part, tensor in zip(step.targets, made, strict=True):
             at, end = part.bounds(first, last)
             content = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
@@ -241,27 +253,43 @@ def _measuring(step: Transcode, matrix: Matrix) -> Compute:
     return compute
 
 
-def _encoding(step: Transcode, peak: float) -> Compute:
-    """What a device does with the inputs of a tile: the rows of all parts, and whether their scales are finite."""
+def _encoding(step: Transcode, peak: float, sampled: int) -> Compute:
+    """What a device does with the inputs of a tile.
+
+    Results are the rows of all parts, squared error and norm of `sampled` rows (nothing for 0), and whether scales are
+    finite.
+    """
 
     def compute(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         import torch
 
-        source = step.matrix.source
-        if step.encoder and isinstance(source, Decode) and step.is_retold:
+        source, nothing = step.matrix.source, torch.empty(0)
+        if step.encoder is None:  # what is not finite is passed on; only a narrow dtype can make it so
+            if step.matrix.dtype != "F16":
+                tile = _tile(step.matrix, inputs, step.allow_nonfinite)
+                return tile, nothing, torch.ones((), dtype=torch.bool, device=tile.device)
+            wide = _tile(step.matrix._replace(dtype="F32"), inputs, step.allow_nonfinite)
+            tile = wide.half()
+            return tile, nothing, ~(tile.isinf() & wide.isfinite()).any()
+        lost = nothing
+        if isinstance(source, Decode) and step.is_retold:
             made = step.encoder.retold(source.format, _parts(source, inputs))
         else:
-            if step.encoder is None:  # what is not finite is passed on; only a narrow dtype can make it so
-                if step.matrix.dtype != "F16":
-                    tile = _tile(step.matrix, inputs, step.allow_nonfinite)
-                    return tile, torch.ones((), dtype=torch.bool, device=tile.device)
-                wide = _tile(step.matrix._replace(dtype="F32"), inputs, step.allow_nonfinite)
-                tile = wide.half()
-                return tile, ~(tile.isinf() & wide.isfinite()).any()
             tile = _tile(step.matrix, inputs, step.allow_nonfinite)
+            if sampled:  # first, since its memory is free again when the tile is encoded
+                lost = _lost(step.encoder, tile[:sampled], peak)
             made = step.encoder.encode(tile, peak)
         scales = step.encoder.checked(made)
         is_finite = scales != EXPONENT_NAN if scales.dtype == torch.uint8 else torch.isfinite(scales.float())
-        return *made, is_finite.all()
+        return *made, lost, is_finite.all()
 
     return compute
+
+
+def _lost(encoder: Format, rows: Tensor, peak: float) -> Tensor:
+    """Squared error and squared norm, float64 [2]."""
+    import torch
+
+    floats = rows.float()
+    error = encoder.read_again(rows, peak).sub_(floats).square_().sum(dtype=torch.float64)
+    return torch.stack((error, floats.square().sum(dtype=torch.float64)))

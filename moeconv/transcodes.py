@@ -18,7 +18,9 @@ from moeconv.values import Value, matrix_shape, parts_of
 ANYWHERE: Places = defaultdict(lambda: (0, 0))
 
 
-def value_steps(value: Value, places: Places, allow_nonfinite: bool, sharing: Sequence[Value] = ()) -> Iterator[Step]:
+def value_steps(
+    value: Value, places: Places, allow_nonfinite: bool, sharing: Sequence[Value] = (), is_sampled: bool = False
+) -> Iterator[Step]:
     """The steps that make all tensors of a value.
 
     Args:
@@ -26,6 +28,7 @@ def value_steps(value: Value, places: Places, allow_nonfinite: bool, sharing: Se
         places: of the target tensors.
         allow_nonfinite: NaN and infinities count as zero.
         sharing: all values that share a scale with it, itself included.
+        is_sampled: its first rows are decoded again, to tell what encoding loses.
     """
     fill, fate, stored = value.fill, value.fate, value.source
     if stored is not None and fate.keeps == "bytes":
@@ -57,7 +60,7 @@ def value_steps(value: Value, places: Places, allow_nonfinite: bool, sharing: Se
     yield Transcode(
         matrix, fate.format and fate.format.bound(fill.target.shape, fate.dtype), tuple(targets), multiple,
         max(1, written // matrix.shape[0]), 0, matrix.shape[0], allow_nonfinite,
-        tuple(_matrix(other) for other in sharing), fate.keeps == "codes",
+        tuple(_matrix(other) for other in sharing), fate.keeps == "codes", min(multiple, matrix.shape[0]) * is_sampled,
     )  # fmt: skip
 
 
@@ -66,12 +69,13 @@ def _rows(made: Decoder, columns: int) -> int:
     return made.block // gcd(made.block, columns)
 
 
-def whole_scale(stored: Encoded, shape: Shape) -> tuple[int, int] | None:
-    """File number and byte offset of the float32 that scales a whole matrix, where there is one."""
+def whole_scale(stored: Encoded, shape: Shape) -> tuple[Spec, int, int] | None:
+    """Where the float32 lies that scales a whole matrix, where there is one: its tensor, file number, byte offset."""
     if not isinstance(stored.format, GroupFp4) or not stored.format.whole:
         return None
     part = next(part for part in _decode(stored, shape).parts if part.suffix == stored.format.whole)
-    return part.file, part.offset
+    tensor = stored.parts[stored.format.whole]
+    return tensor.inside.whole if tensor.inside else tensor.spec, part.file, part.offset
 
 
 def _matrix(value: Value) -> Matrix:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeconv.files import Files, OpenFiles, Rows
+from moeconv.losses import Loss
 from moeconv.steps import (
     Copy,
     Overlap,
@@ -82,6 +83,10 @@ class Worker:
         """Wait for all steps that were begun."""
         if self._transcoder is not None:
             self._transcoder.finish(sink)
+
+    def take_losses(self) -> list[Loss]:
+        """What encoding was seen to lose since the last call."""
+        return [] if self._transcoder is None else self._transcoder.take_losses()
 
     def _copy(self, step: Copy, sink: Sink) -> None:
         source = self._sources[step.source_file]

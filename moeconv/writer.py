@@ -1,100 +1,40 @@
 """The destination: `DST.partial` while work goes on, `DST` when and only when it is complete.
 
     DST.partial/model-00001-of-00004.safetensors   final size from the start, header written first
-    DST.partial/.moeconv-journal                   empty; with the first batch of tasks a JSON line for the plan,
-                                                   then one for each batch
+    DST.partial/.moeconv-journal                   which tasks are done (`journal`)
+    DST.partial/.moeconv-consumed/                 with --consume-source, what is left of deleted files (`consumption`)
 
-A journal line follows the data it speaks of: with fsync on, tasks are journalled only after their bytes
-are durable. Each line says whether they are, and in which boot it was written: a run may go on with other options
-than it began with. At the end everything is synced, the folder gets its name in one rename, and the journal goes.
-A run that finds a journal of the same plan goes on where that one stopped.
+At the end everything is synced, the folder gets its name in one rename, and the journal goes. A run that finds a
+journal of the same plan goes on where that one stopped.
 
     DST.replaced    with --overwrite, the finished folder of before, for as long as the new one takes to get its name
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from moeconv.checkpoint import JOURNAL, MANIFEST, MAX_INDEX_BYTES, read_manifest
+from moeconv.checkpoint import CONSUMED, JOURNAL, MANIFEST
+from moeconv.consumption import check_consumable, peak_disk
+from moeconv.destination import (
+    check_destination,
+    check_foreign,
+    finished_manifest,
+    partial_of,
+    remove_notes,
+    replaced_of,
+)
 from moeconv.errors import CheckpointError, OutputError
-from moeconv.explain import disk_of, size
+from moeconv.explain import Disk, disk_of, size
 from moeconv.files import Files, WriteFile
-from moeconv.header import HeaderError, read_json
+from moeconv.journal import Done, Journal
+from moeconv.origin import differences, fingerprint_of, origin_of
 from moeconv.plan import Plan, index_path
 from moeconv.shards import TargetFile
-from moeconv.steps import Task
+from moeconv.tasks import Task
 
-MAX_JOURNAL_BYTES = 1 << 30
 _COPY_BYTES = 1 << 20
-
-
-def finished_fingerprint(destination: Path, files: Files) -> str | None:
-    """Fingerprint of the plan that made a finished folder, or None for a folder that moeconv did not make."""
-    path = destination / MANIFEST
-    if not files.exists(path):
-        return None
-    try:
-        manifest = read_manifest(files.read_bytes(path, MAX_INDEX_BYTES))
-    except (HeaderError, CheckpointError):
-        return None
-    value = manifest.get("fingerprint") if isinstance(manifest, dict) else None
-    return value if isinstance(value, str) else None
-
-
-def check_destination(source: Path, destination: Path) -> None:
-    """Refuse a destination that is, holds, or lies in the source, and one that is a link.
-
-    Raises:
-        OutputError: such a destination.
-    """
-    source = Path(os.path.realpath(source))
-    _check_apart(source, destination, f"the destination {destination}")
-    if destination.name in ("", ".."):
-        raise OutputError(f"the destination {destination} is no name for a new folder", "Write the folder's name.")
-    for path in (partial_of(destination), replaced_of(destination)):
-        _check_apart(source, path, f"{path}, which a run to {destination} makes anew,")
-    for path in (destination, partial_of(destination), replaced_of(destination)):
-        if os.path.islink(path):
-            raise OutputError(
-                f"{path} is a symbolic link, and moeconv makes folders under their own names",
-                "Give the folder that the link leads to as the destination, or remove the link.",
-            )
-
-
-def check_foreign(destination: Path, files: Files) -> None:
-    """Refuse a destination that exists and that moeconv did not make.
-
-    Raises:
-        OutputError: such a destination.
-    """
-    if files.exists(destination) and finished_fingerprint(destination, files) is None:
-        raise OutputError(
-            f"{destination} exists and moeconv did not make it",
-            "Choose another destination, or remove it yourself.",
-        )
-
-
-def _check_apart(source: Path, path: Path, what: str) -> None:
-    resolved = Path(os.path.realpath(path))  # also of a circle of links
-    if resolved == source or source in resolved.parents or resolved in source.parents:
-        raise OutputError(
-            f"{what} and the source {source} lie in one another", "Choose a destination outside the source folder."
-        )
-
-
-def partial_of(destination: Path) -> Path:
-    """Where a run works until the destination is complete."""
-    return destination.with_name(destination.name + ".partial")
-
-
-def replaced_of(destination: Path) -> Path:
-    """Where a run puts the folder that it replaces."""
-    return destination.with_name(destination.name + ".replaced")
 
 
 class Writer:
@@ -106,9 +46,14 @@ class Writer:
         files: door to the file system.
         fsync: make data durable before saying so.
         overwrite: replace a finished folder that moeconv made, and start anew where a run was cut short.
+        restart: start anew where a run was cut short, also where it was one of this plan.
+        consumes: the source is deleted while it is read, so that space is not taken before it is needed.
     """
 
-    def __init__(self, plan: Plan, destination: Path, files: Files, *, fsync: bool, overwrite: bool) -> None:
+    def __init__(
+        self, plan: Plan, destination: Path, files: Files, *, fsync: bool, overwrite: bool, restart: bool = False,
+        consumes: bool = False,
+    ) -> None:  # fmt: skip
         self.plan = plan
         self.destination = destination
         self.partial = partial_of(destination)
@@ -116,8 +61,11 @@ class Writer:
         self.files = files
         self.fsync = fsync
         self.overwrite = overwrite
-        self._journal: WriteFile | None = None
-        self._journal_nbytes = 0
+        self.restart = restart
+        self.consumes = consumes
+        self.origin = origin_of(plan, files)
+        self.fingerprint = fingerprint_of(self.origin)
+        self._journal: Journal | None = None
 
     def is_finished(self) -> bool:
         """Whether the destination is there already, made by this very plan.
@@ -129,8 +77,8 @@ class Writer:
         if not self.files.exists(self.destination):
             return False
         check_foreign(self.destination, self.files)
-        made_by = finished_fingerprint(self.destination, self.files)
-        if made_by == self.plan.fingerprint:
+        made_by = finished_manifest(self.destination, self.files) or {}
+        if made_by.get("fingerprint") == self.fingerprint:
             damaged = self._damaged()
             if damaged is None:
                 self._clear_up()
@@ -142,7 +90,7 @@ class Writer:
             return damaged is None
         if not self.overwrite:
             raise OutputError(
-                f"{self.destination} exists and was made by another plan ({self._difference()})",
+                f"{self.destination} exists and was made by another plan: {differences(made_by, self.origin)}",
                 "Choose another destination, or replace it with --overwrite.",
             )
         return False
@@ -177,13 +125,13 @@ class Writer:
             if journal.lock():
                 if self.files.exists(self.replaced) and self._is_own(self.replaced):
                     self._discard(self.replaced, MANIFEST)
-                self.files.remove_file(path)
+                remove_notes(self.destination, self.files)
         finally:
             journal.close()
 
     def _is_own(self, replaced: Path) -> bool:
         """Whether moeconv made that folder, or left it empty when it died while removing it."""
-        if finished_fingerprint(replaced, self.files) is not None:
+        if finished_manifest(replaced, self.files) is not None:
             return True
         return self.files.is_folder(replaced) and not any(True for _ in self.files.walk(replaced))
 
@@ -194,46 +142,28 @@ class Writer:
                 "Rename it, remove it yourself, or choose another destination.",
             )
 
-    def _difference(self) -> str:
-        """Which of the things that make a plan differs from the finished folder's."""
-        manifest: dict[str, Any] = read_manifest(self.files.read_bytes(self.destination / MANIFEST, MAX_INDEX_BYTES))
-        source, recipe, tool = (
-            value if isinstance(value := manifest.get(key), dict) else {} for key in ("source", "recipe", "tool")
-        )
-        plan = self.plan
-        now = [
-            {"path": file.path, "bytes": file.nbytes, "header_sha256": file.header_sha256} for file in plan.source.files
-        ]
-        then = source.get("files")
-        different = [
-            what
-            for what, differs in (
-                (f"layout {manifest.get('layout')}, not {plan.layout}", manifest.get("layout") != plan.layout),
-                ("another source", now != then),
-                ("another recipe", recipe.get("text") != plan.recipe.text),
-                (f"moeconv {tool.get('version')}", tool.get("version") != _version()),
-            )
-            if differs
-        ]
-        return ", ".join(different) or "other options, or source files changed since"
-
-    def open(self) -> frozenset[str]:
+    def open(self) -> Mapping[str, Done]:
         """Make or take over `DST.partial`.
 
         Returns:
-            Ids of the tasks that are done already.
+            The tasks that are done already, by id.
 
         Raises:
             OutputError: no space, another run at work, the rest of another plan, or a name that is taken.
         """
         self._check_replaced()
-        done: frozenset[str] = frozenset()
+        done: Mapping[str, Done] = {}
         if self.files.exists(self.partial):
             done = self._take_over()
             if not done:
                 self._discard(self.partial, JOURNAL)
-        if not done:
-            self._check_space()
+        if self.consumes:
+            check_consumable(self.plan.source, self.files)
+            done = {id_: task for id_, task in done.items() if task.is_checked}
+            self._check_space(peak_disk(self.plan, self.files.free_bytes(self.destination), done))
+        elif not done:
+            self._check_space(disk_of(self.plan, self.destination, self.files))
+        if self._journal is None:
             self._create()
         return done
 
@@ -244,8 +174,7 @@ class Writer:
                 self.files.remove_file(folder / path)
         self.files.remove_tree(folder)
 
-    def _check_space(self) -> None:
-        disk = disk_of(self.plan, self.destination, self.files)
+    def _check_space(self, disk: Disk) -> None:
         if disk.free < disk.needed:
             raise OutputError(
                 f"{self.destination} needs {size(disk.needed)} ({disk.needed:,} bytes) "
@@ -256,28 +185,27 @@ class Writer:
     def _create(self) -> None:
         new = [folder for folder in self.partial.parents if not self.files.exists(folder)]
         self.files.make_folder(self.partial)
-        for folder in new if self.fsync else ():
-            self.files.sync_folder(folder.parent)
-        self._journal = self.files.create(self.partial / JOURNAL, 0)
-        self._lock()
+        self._journal = self._locked(self.files.create(self.partial / JOURNAL, 0))
+        self.files.check_random_writes(self.partial)
         for target in self.plan.files:
-            file = self.files.create(self.partial / target.path, target.nbytes)
+            file = self.files.create(self.partial / target.path, target.nbytes, reserve=not self.consumes)
             try:
                 file.write_at(target.head, 0)
             finally:
                 file.close()
-        self._journal_nbytes = 0
+        # The names have to last as well: a journal speaks of files that a power loss must not take.
+        for folder in (self.partial, *(folder.parent for folder in (self.partial, *new))) if self.fsync else ():
+            self.files.sync_folder(folder)
 
-    def _lock(self) -> None:
-        assert self._journal is not None
-        if not self._journal.lock():
-            self._journal.close()
-            self._journal = None
+    def _locked(self, file: WriteFile) -> Journal:
+        if not file.lock():
+            file.close()
             raise OutputError(
                 f"another run is at work in {self.partial}", "Wait for it to end, or choose another destination."
             )
+        return Journal(self.files, self.partial / JOURNAL, file, fsync=self.fsync)
 
-    def _take_over(self) -> frozenset[str]:
+    def _take_over(self) -> Mapping[str, Done]:
         """Tasks that an earlier run of the same plan finished; empty where nothing of it can be used."""
         path = self.partial / JOURNAL
         if not self.files.exists(path):
@@ -286,44 +214,33 @@ class Writer:
                     f"{self.partial} exists and has no journal: it is no unfinished run of moeconv",
                     "Remove it yourself, or choose another destination.",
                 )
-            return frozenset()
-        self._journal = self.files.open_write(path)
-        self._lock()
-        head, done = self._read_journal(path)
-        if head and head.get("fingerprint") != self.plan.fingerprint and not self.overwrite:
+            return {}
+        self._journal = self._locked(self.files.open_write(path))
+        past = self._journal.read()
+        is_same = past.fingerprint == self.fingerprint
+        if past.fingerprint is not None and not is_same and not (self.overwrite or self.restart):
+            self.close()
             raise OutputError(
-                f"{self.partial} is an unfinished run of another plan",
-                "Finish that one with its own command, or discard it with --overwrite.",
+                f"{self.partial} is an unfinished run of another plan: {differences(past.origin, self.origin)}",
+                "Finish that one with its own command, or begin anew with --restart, which discards it.",
             )
-        usable = (
-            done
-            and head.get("fingerprint") == self.plan.fingerprint
-            and all(self._is_intact(target, self.partial) for target in self.plan.files)
-        )
-        if usable:
-            return done
+        is_usable = past.done and is_same and not self.restart
+        if is_usable and all(self._is_intact(target, self.partial) for target in self.plan.files):
+            return past.done
+        self._check_replaceable()
         self.close()
-        return frozenset()
+        return {}
 
-    def _read_journal(self, path: Path) -> tuple[dict[str, Any], frozenset[str]]:
-        """First line, and the tasks whose data is there. From a damaged line on nothing counts, and is written over."""
-        boot = self.files.boot_id()
-        head: dict[str, Any] = {}
-        done: set[str] = set()
-        self._journal_nbytes = 0
-        for line in self.files.read_bytes(path, MAX_JOURNAL_BYTES).splitlines(keepends=True):
-            try:
-                entry = read_json(line)
-            except HeaderError:
-                break
-            ids = entry.get("done", []) if isinstance(entry, dict) else None
-            if not line.endswith(b"\n") or not isinstance(ids, list) or not all(isinstance(id_, str) for id_ in ids):
-                break
-            head = head or entry
-            if entry.get("fsync") is True or entry.get("boot") == boot != "":  # unsynced data dies with the kernel
-                done.update(ids)
-            self._journal_nbytes += len(line)
-        return head, frozenset(done)
+    def _check_replaceable(self) -> None:
+        """Refuse to discard a folder that holds the only copy of weights."""
+        consumed = [path for path, _ in self.files.walk(self.partial) if path.startswith(f"{CONSUMED}/")]
+        if consumed:
+            self.close()
+            raise OutputError(
+                f"{self.partial} holds the only copy of what {len(consumed)} files of {self.plan.source.root} held, "
+                "which --consume-source has deleted",
+                "Go on with the command that began it. To give the weights up, remove the folder yourself.",
+            )
 
     def _is_intact(self, target: TargetFile, folder: Path) -> bool:
         path = folder / target.path
@@ -337,14 +254,6 @@ class Writer:
             file.close()
         return bytes(head) == target.head
 
-    def _append(self, line: dict[str, Any]) -> None:
-        assert self._journal is not None
-        content = json.dumps(line).encode() + b"\n"
-        self._journal.write_at(content, self._journal_nbytes)
-        self._journal_nbytes += len(content)
-        if self.fsync:
-            self._journal.sync()
-
     @property
     def targets(self) -> tuple[Path, ...]:
         """Where the plan's weight files are made."""
@@ -354,8 +263,9 @@ class Writer:
         """A handle of target file `number`; the caller closes it."""
         return self.files.open_write(self.partial / self.plan.files[number].path)
 
-    def journal(self, tasks: Sequence[Task]) -> None:
+    def journal(self, tasks: Sequence[Task], done: Sequence[Done]) -> None:
         """Make what `tasks` wrote durable, then note that they are done."""
+        assert self._journal is not None
         if self.fsync:
             for number in sorted({task.steps[0].target_file for task in tasks}):
                 file = self.target(number)
@@ -363,13 +273,12 @@ class Writer:
                     file.sync()
                 finally:
                     file.close()
-        if not self._journal_nbytes:
-            self._append({"fingerprint": self.plan.fingerprint})
-        done = [task.id for task in tasks]
-        self._append({"done": done, "fsync": self.fsync, "boot": self.files.boot_id()})
+        if self._journal.is_empty:
+            self._journal.begin(self.fingerprint, self.origin)
+        self._journal.note(done)
 
-    def finish(self, manifest: bytes) -> None:
-        """Write all other files, make everything durable, and give the folder its name."""
+    def write_others(self) -> None:
+        """Write all files but the weights and the manifest."""
         source = self.plan.source
         for entry in self.plan.copied_files:
             self._copy_file(source.root / entry.path, self.partial / entry.path, entry.nbytes)
@@ -378,13 +287,23 @@ class Writer:
         index = index_path(self.plan)
         if index:
             self._write_file(self.partial / index, self.plan.index)
+
+    def paths(self) -> list[str]:
+        """Of all files of the result but the manifest."""
+        index = index_path(self.plan)
+        others = [file.path for file in self.plan.copied_files] + list(self.plan.contents) + [index] * bool(index)
+        return [file.path for file in self.plan.files] + sorted(path for path in others if path)
+
+    def finish(self, manifest: bytes) -> None:
+        """Write the manifest, make everything durable, and give the folder its name."""
+        source = self.plan.source
         self._write_file(self.partial / MANIFEST, manifest)
         if self.fsync:
             self._sync_everything()
         for entry in source.sidecars:  # only now: a file that may not be written could not be opened to be synced
             self.files.copy_mode(source.root / entry.path, self.partial / entry.path)
         self._publish()
-        self.files.remove_file(self.destination / JOURNAL)
+        remove_notes(self.destination, self.files)
         self.close()
 
     def _sync_everything(self) -> None:
@@ -443,9 +362,3 @@ class Writer:
         if self._journal is not None:
             self._journal.close()
             self._journal = None
-
-
-def _version() -> str:
-    from moeconv import __version__
-
-    return __version__

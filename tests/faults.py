@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moeconv.errors import OutputError
@@ -66,9 +68,9 @@ class CountingFiles(Files):
     def open_read(self, path: Path) -> ReadFile:
         return _Read(path, os.open(path, os.O_RDONLY), self.before)
 
-    def create(self, path: Path, nbytes: int) -> WriteFile:
+    def create(self, path: Path, nbytes: int, *, reserve: bool = True) -> WriteFile:
         self._worded("create", path)
-        return _Write(path, super().create(path, nbytes)._fd, self.before)
+        return _Write(path, super().create(path, nbytes, reserve=reserve)._fd, self.before)
 
     def open_write(self, path: Path) -> WriteFile:
         return _Write(path, super().open_write(path)._fd, self.before)
@@ -135,18 +137,24 @@ class DyingFiles(CountingFiles):
 
 
 class PowerLossFiles(DyingFiles):
-    """Dies like `DyingFiles`; then `lose` takes back writes that were not synced, as a power loss may.
+    """Dies like `DyingFiles`; then `lose` takes back all that was not synced, as a power loss may.
 
-    All of them, or all but the first `kept` of each file: the kernel writes them in whatever order it likes.
+    Bytes that were written to a file that was not synced since: all of them, or all but the first `kept` of each file.
+    Names that were made, changed or removed in a folder that was not synced since, unless `keeps_names`: kernels write
+    them in whatever order they like.
     """
 
-    def __init__(self, number: int, kept: int = 0) -> None:
+    def __init__(self, number: int, kept: int = 0, *, keeps_names: bool = False) -> None:
         super().__init__(number)
         self.kept = kept
+        self.keeps_names = keeps_names
         self.unsynced: dict[Path, list[tuple[int, bytes]]] = {}
+        self.names: list[_Name] = []
 
-    def create(self, path: Path, nbytes: int) -> WriteFile:
-        return self._watched(path, super().create(path, nbytes))
+    def create(self, path: Path, nbytes: int, *, reserve: bool = True) -> WriteFile:
+        made = super().create(path, nbytes, reserve=reserve)
+        self.names.append(_Name(path))
+        return self._watched(path, made)
 
     def open_write(self, path: Path) -> WriteFile:
         return self._watched(path, super().open_write(path))
@@ -154,12 +162,28 @@ class PowerLossFiles(DyingFiles):
     def _watched(self, path: Path, file: WriteFile) -> WriteFile:
         return _Unsynced(path, file._fd, self.before, self.unsynced.setdefault(path, []))
 
+    def make_folder(self, path: Path) -> None:
+        new = [folder for folder in (path, *path.parents) if not folder.exists()]
+        super().make_folder(path)
+        self.names += [_Name(folder) for folder in reversed(new)]
+
+    def remove_file(self, path: Path) -> None:
+        content, times = path.read_bytes(), path.stat()
+        super().remove_file(path)
+        self.names.append(_Name(path, removed=content, mtime_ns=times.st_mtime_ns))
+
     def rename(self, source: Path, target: Path) -> None:
         super().rename(source, target)
         moved = {path: lost for path, lost in self.unsynced.items() if path.is_relative_to(source)}
         for path, lost in moved.items():
             self.unsynced[target / path.relative_to(source)] = lost
             del self.unsynced[path]
+        self.names = [name.moved(source, target) for name in self.names]
+        self.names.append(_Name(target, renamed=source))
+
+    def sync_folder(self, path: Path) -> None:
+        super().sync_folder(path)
+        self.names = [name for name in self.names if name.path.parent != path]
 
     def lose(self) -> None:
         for path, lost in self.unsynced.items():
@@ -169,6 +193,35 @@ class PowerLossFiles(DyingFiles):
                 for offset, old in reversed(lost[self.kept :]):
                     file.seek(offset)
                     file.write(old)
+        for name in reversed(self.names) if not self.keeps_names else ():
+            name.take_back()
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A name in a folder that was not synced since it was made, or removed, or got what `renamed` named."""
+
+    path: Path
+    removed: bytes | None = None
+    mtime_ns: int = 0
+    renamed: Path | None = None
+
+    def moved(self, source: Path, target: Path) -> _Name:
+        """The same once a folder above it has another name."""
+        inside = self.path.is_relative_to(source)
+        return replace(self, path=target / self.path.relative_to(source)) if inside else self
+
+    def take_back(self) -> None:
+        if self.renamed is not None:
+            self.path.rename(self.renamed)
+        elif self.removed is not None:
+            if self.path.parent.exists():
+                self.path.write_bytes(self.removed)
+                os.utime(self.path, ns=(self.mtime_ns, self.mtime_ns))
+        elif self.path.is_dir():
+            shutil.rmtree(self.path)
+        else:
+            self.path.unlink(missing_ok=True)
 
 
 class _Unsynced(_Write):

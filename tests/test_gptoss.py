@@ -84,7 +84,7 @@ def test_experts_are_where_gpt_oss_has_them(
     source: Path, tmp_path: Path, tile: int, is_unpacked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moeconv.budget.CPU_TILE_ELEMENTS", (tile,))
-    monkeypatch.setattr("moeconv.steps.TASK_BYTES", tile)
+    monkeypatch.setattr("moeconv.tasks.TASK_BYTES", tile)
     given = source
     if is_unpacked:
         given = tmp_path / "unpacked"

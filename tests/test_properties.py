@@ -25,7 +25,8 @@ from moeconv.plan import Options, Plan, plan
 from moeconv.recipe import LAYOUTS
 from moeconv.recipe_file import parse_recipe
 from moeconv.selection import select_recipe
-from moeconv.steps import Rearrange, Task, rows_of, tiles_of
+from moeconv.steps import Rearrange, rows_of, tiles_of
+from moeconv.tasks import Task
 from moeconv.verify import verify_folder
 from moeconv.worker import Worker
 from tests.folders import read_folder, write_folder

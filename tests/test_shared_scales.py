@@ -42,7 +42,7 @@ def test_a_shared_scale_is_that_of_the_largest(
 ) -> None:
     """Every part, against compressed-tensors with the scale of the largest magnitude of all that share it."""
     monkeypatch.setattr("moeconv.budget.CPU_TILE_ELEMENTS", (tile,))
-    monkeypatch.setattr("moeconv.steps.TASK_BYTES", 4 * tile)
+    monkeypatch.setattr("moeconv.tasks.TASK_BYTES", 4 * tile)
     succeeds("quantize", sources[model_type], tmp_path / "made", "--format", "nvfp4a16", "--jobs", "2")
     made, before = folder_tensors(tmp_path / "made"), folder_tensors(sources[model_type])
     quantized = [name for name in before if name not in made]

@@ -254,10 +254,20 @@ def retrained(source: Path) -> None:
 
 OTHER_PLANS = [
     pytest.param("unpack", [], None, "layout packed, not experts", id="layout"),
-    pytest.param("pack", ["--max-shard-size", "1kB"], None, "other options", id="option"),
-    pytest.param("pack", [], touched, "source files changed since", id="time of a file"),
-    pytest.param("pack", [], retokenized, "source files changed since", id="other file"),
-    pytest.param("pack", [], retrained, "another source", id="header"),
+    pytest.param("pack", ["--max-shard-size", "1kB"], None, "--max-shard-size 5000000000, not 1000", id="option"),
+    pytest.param(
+        "pack",
+        [],
+        touched,
+        "model-00001-of-00003.safetensors changed in the source (time of its last change)",
+        id="time of a file",
+    ),
+    pytest.param(
+        "pack", [], retokenized, "tokenizer.json changed in the source (time of its last change)", id="other file"
+    ),
+    pytest.param(
+        "pack", [], retrained, "model-00003-of-00003.safetensors changed in the source (size, header,", id="header"
+    ),
 ]
 
 
@@ -270,7 +280,7 @@ def test_a_destination_of_another_plan_is_kept_unless_overwritten(
     if change:
         change(source)
     message = refused(command, source, target, *options, within=source.parent)
-    assert f"{target} exists and was made by another plan (" in message
+    assert f"{target} exists and was made by another plan: " in message
     assert says in message
     assert "--overwrite" in message
     succeeds(command, source, target, *options, "--overwrite")
@@ -463,8 +473,12 @@ def test_a_replaced_folder_that_moeconv_did_not_make_is_refused_at_the_start(
     assert f"{replaced} exists and moeconv did not make it" in message
 
 
-@pytest.mark.parametrize("kept", [0, 1], ids=["nothing unsynced survives", "headers survive"])
-def test_a_power_loss_at_any_moment_costs_no_byte(source: Path, kept: int) -> None:
+@pytest.mark.parametrize(
+    ("kept", "keeps_names"),
+    [(0, False), (0, True), (1, True), (1, False)],
+    ids=["nothing unsynced survives", "names survive", "names and headers survive", "headers survive"],
+)
+def test_a_power_loss_at_any_moment_costs_no_byte(source: Path, kept: int, keeps_names: bool) -> None:
     class Rebooted(Files):
         def boot_id(self) -> str:
             return "after the power loss"
@@ -472,7 +486,7 @@ def test_a_power_loss_at_any_moment_costs_no_byte(source: Path, kept: int) -> No
     resumed = 0
     for number in range(1, 1000):
         target = source.parent / f"target{number}"
-        files = PowerLossFiles(number, kept)
+        files = PowerLossFiles(number, kept, keeps_names=keeps_names)
         try:
             convert(source, target, files)
         except Killed:
@@ -483,6 +497,8 @@ def test_a_power_loss_at_any_moment_costs_no_byte(source: Path, kept: int) -> No
         resumed += convert(source, target, Rebooted()).resumed_nbytes
         assert is_complete(source, target), number
     files.lose()
+    assert is_right(source, target)  # the journal may have come back
+    assert not convert(source, target).is_new
     assert is_complete(source, target)
     assert resumed
 
@@ -522,7 +538,7 @@ def test_what_a_run_without_fsync_did_is_not_trusted_beneath_an_older_line_with_
         return execute(made, target, ["test"], files=files, fsync=fsync)
 
     with pytest.raises(OutputError):
-        run(FailingFiles("write", 13), True)  # after the first of the four files
+        run(FailingFiles("write", 15), True)  # after the first of the four files
     without = PowerLossFiles(1)
     without.kinds = {"rename"}
     with pytest.raises(Killed):
@@ -579,12 +595,13 @@ def test_an_empty_partial_folder_is_used(source: Path) -> None:
     assert is_complete(source, source.parent / "target")
 
 
-def test_an_unfinished_run_of_another_plan_is_kept_unless_overwritten(source: Path) -> None:
+@pytest.mark.parametrize("option", ["--overwrite", "--restart"])
+def test_an_unfinished_run_of_another_plan_is_kept_unless_discarded(source: Path, option: str) -> None:
     target = killed_halfway(source)
     message = refused("unpack", source, target, within=source.parent)
-    assert f"{target}.partial is an unfinished run of another plan" in message
-    assert "--overwrite" in message
-    succeeds("unpack", source, target, "--overwrite")
+    assert f"{target}.partial is an unfinished run of another plan: layout packed, not experts" in message
+    assert "--restart" in message
+    succeeds("unpack", source, target, option)
     assert read_folder(target) == experts_layout()
     assert not (source.parent / "target.partial").exists()
 
@@ -633,6 +650,18 @@ def test_a_source_that_changed_since_the_interruption_is_another_plan(source: Pa
     assert "unfinished run of another plan" in refused(
         "pack", source, target, "--max-shard-size", "1500", within=source.parent
     )
+
+
+def test_restart_begins_anew_where_the_same_command_would_go_on(source: Path) -> None:
+    target = killed_halfway(source)
+    assert "earlier run" not in succeeds("pack", source, target, "--max-shard-size", "1500", "--restart").out
+    assert is_complete(source, target)
+
+
+def test_restart_does_not_replace_a_finished_destination(source: Path) -> None:
+    target = source.parent / "target"
+    succeeds("unpack", source, target)
+    assert "made by another plan" in refused("pack", source, target, "--restart", within=source.parent)
 
 
 def test_a_second_run_beside_a_living_one_is_refused(source: Path) -> None:

@@ -221,6 +221,11 @@ class Bnb4(StoredBnb4, Format):
         state = StoredBnb4(self.name, True, peak)._state(self._shape, self._dtype)
         return packed, codes, largest, torch.tensor(list(state), dtype=torch.uint8)
 
+    def read_again(self, tile: Tensor, peak: float = 0.0) -> Tensor:
+        words = ("weight", "weight.absmax", "weight.nested_absmax") if self.nested else ("weight", "weight.absmax")
+        parts = dict(zip(words, self.encode(tile, peak), strict=False))  # the state is said anew
+        return StoredBnb4(self.name, self.nested, peak).decode(parts, tile.shape[1])
+
     def checked(self, encoded: Sequence[Tensor]) -> Tensor:
         return encoded[2 if self.nested else 1]
 

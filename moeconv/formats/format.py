@@ -121,6 +121,16 @@ class Format(Decoder):
             is then NaN or Inf, or 255 among bytes.
         """
 
+    def read_again(self, tile: Tensor, peak: float = 0.0) -> Tensor:
+        """What rows of a matrix [rows, K] are once they were encoded, in float32.
+
+        Args:
+            tile: as for `encode`, and
+            peak: as well.
+        """
+        suffixes = [part.suffix for part in self.parts(tuple(tile.shape), "BF16") if part.rows]
+        return self.decode(dict(zip(suffixes, self.encode(tile, peak), strict=True)), tile.shape[1])
+
     def takes(self, stored: Decoder, dtype: str) -> bool:
         """Whether a matrix in that format can be written in this one with the values that it has, bit for bit.
 

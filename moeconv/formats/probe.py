@@ -46,14 +46,13 @@ class Probe(Format):
         import torch
 
         dtype = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[tile.dtype]
-        floats, columns = tile.float(), tile.shape[1]
+        floats = tile.float()
         errors = []
         for made in self.formats:
             if made.refusal(tuple(tile.shape), dtype) is not None:
                 errors.append(torch.full((len(tile),), torch.inf, dtype=torch.float64, device=tile.device))
                 continue
-            suffixes = [part.suffix for part in made.parts(tuple(tile.shape), dtype) if part.rows]
-            decoded = made.decode(dict(zip(suffixes, made.encode(tile, peak), strict=True)), columns)
+            decoded = made.read_again(tile, peak)
             errors.append(decoded.sub_(floats).square_().sum(1, dtype=torch.float64))
         squares = floats.square_().sum(1, dtype=torch.float64)
         return self._by_block(torch.stack(errors, 1)), self._by_block(squares[:, None])
