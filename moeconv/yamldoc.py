@@ -105,7 +105,7 @@ def read_yaml(text: str, source: str) -> Yaml:
             line = event.start_mark.line + 1 if event.start_mark else 0
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:  # the parser in C would run out of stack and take the process with it
-                raise RecipeError(f"{source}:{line}: nested too deeply", "A recipe needs about four levels.")
+                raise _too_deep(f"{source}:{line}")
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
                 raise RecipeError(f"{source}:{line}: anchors, aliases and tags are not allowed", "Write the value out.")
         node = yaml.compose(text, Loader=_LOADER)
@@ -113,10 +113,16 @@ def read_yaml(text: str, source: str) -> Yaml:
         mark = getattr(error, "problem_mark", None)
         at = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
+        if "nesting depth" in problem:  # libyaml 0.2.6 looks ahead and has a limit of its own
+            raise _too_deep(f"{source}{at}") from None
         raise RecipeError(f"{source}{at}: {problem}", "Correct the YAML syntax there.") from None
     if node is None:
         raise RecipeError(f"{source}: the file is empty", "See `moeconv recipes show NAME` for a complete one.")
     return Yaml(node, source)
+
+
+def _too_deep(where: str) -> RecipeError:
+    return RecipeError(f"{where}: nested too deeply", "A recipe needs about four levels.")
 
 
 def nearest(word: str, known: Collection[str]) -> str:
