@@ -101,15 +101,21 @@ def parse_format(name: str, options: Mapping[str, Any], where: str) -> Format:
     }
     for option, value in options.items():
         if option not in takes:
-            remedy = f"It takes {', '.join(takes)}." if takes else "It takes no options."
-            raise UsageError(f"{where} {name} takes no {option}", remedy)
+            own = ", ".join(option_as_given(other, where) for other in takes)
+            remedy = f"It takes {own}." if takes else "It takes no options."
+            raise UsageError(f"{where} {name} takes no {option_as_given(option, where)}", remedy)
         words = takes[option]
         if isinstance(words, tuple) and value not in words:
-            what = "no way to choose scales" if option == "search" else f"unknown for {option}"
+            what = "no way to choose scales" if option == "search" else f"unknown for {option_as_given(option, where)}"
             raise UsageError(f"{where} {name}: {value!r} is {what}", f"Known: {', '.join(words)}.")
         if option == "group_size" and (not isinstance(value, int) or value < 8 or value % 8):
             raise UsageError(f"{where} {name}: a group of {value} columns cannot be packed", "Take 32, 64 or 128.")
     return make_format(known, dict(options))
+
+
+def option_as_given(option: str, where: str) -> str:
+    """An option of a format as it is written on the command line, where it stands there, else as in a recipe."""
+    return f"--{'scale' if option == 'search' else option.replace('_', '-')}" if where.startswith("--") else option
 
 
 def read_rules(text: str, source: str) -> tuple[tuple[FormatRule, ...], str | None] | None:

@@ -19,7 +19,7 @@ from moeconv.manifest import largest_manifest
 from moeconv.plan import DEFAULT_SHARD_BYTES, Options, Plan
 from moeconv.quantize import Measurement, plan_measurement, plan_quantize
 from moeconv.recipe import Recipe
-from moeconv.scheme import FormatRule, Scheme, parse_format, scheme_of
+from moeconv.scheme import FormatRule, Scheme, option_as_given, parse_format, scheme_of
 from moeconv.sizing import (
     Component,
     Option,
@@ -94,7 +94,7 @@ def parse_formats(text: str, options: Mapping[str, Any]) -> tuple[dict[str, dict
         found[name] = own
     for key, value in options.items():
         if not any(key in own for own in found.values()):
-            said = f"{key} {value}" if key == "search" else key
+            said = option_as_given(key, "--formats") + (f" {value}" if key == "search" else "")
             raise UsageError(f"--formats: none of {', '.join(found)} takes {said}", "Leave the option out.")
     return found, notes
 

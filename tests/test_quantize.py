@@ -445,7 +445,7 @@ def test_numbers_too_far_apart_for_a_zero_point_are_not_called_infinite(
     [
         ([], "neither --format nor --recipe says what to quantize to"),
         (["--format", "fp9"], "--format 'fp9' is no format"),
-        (["--format", "fp8", "--group-size", "32"], "--format fp8 takes no group_size"),
+        (["--format", "fp8", "--group-size", "32"], "--format fp8 takes no --group-size"),
         (["--format", "w4a16", "--scale", "best"], "'best' is no way to choose scales"),
         (["--format", "w4a16", "--group-size", "12"], "a group of 12 columns cannot be packed"),
         (["--format", "fp8", "--dtype", "float64"], "--dtype 'float64' is no dtype of full precision"),

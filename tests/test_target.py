@@ -226,7 +226,7 @@ WRONG = [
     pytest.param(("--target-size", "9MB", "--formats", "w3a16"), 2, "'w3a16' is no format", id="unknown"),
     pytest.param(("--target-size", "9MB", "--formats", " , "), 2, "--formats names no format", id="none"),
     pytest.param(("--target-size", "9MB", "--formats", "w8a8,fp8_block", "--scale", "mse"), 2,
-                 "none of w8a8, fp8_block takes search", id="option that none takes"),
+                 "none of w8a8, fp8_block takes --scale mse", id="option that none takes"),
     pytest.param(("--target-size", "9MB", "--formats", "modelopt_nvfp4,w8a8"), 2, "cannot stand beside", id="alone"),
     pytest.param(("--target-size", "9MB", "--formats", "nf4"), 2, "not quantized one by one", id="packed"),
     pytest.param(("--target-size", "9MB", "--formats", "w8a8", "--experts", "keep"), 2, "go with --format", id="keep"),
