@@ -138,7 +138,9 @@ class _Reader:
         if "decoded" in entries:
             self.decoded = entries["decoded"][1].text()
             if self.decoded not in shipped_names():
-                raise entries["decoded"][1].error("is no shipped recipe", nearest(self.decoded, shipped_names()))
+                raise entries["decoded"][1].error(
+                    f"{self.decoded!r} is no shipped recipe", nearest(self.decoded, shipped_names())
+                )
         if "keep" in entries:
             self.keep += tuple(entries["keep"][1].texts())
         if "layouts" in entries:
@@ -166,7 +168,8 @@ class _Reader:
             raise key.error(f"unknown layout {layout!r}.", nearest(layout, LAYOUTS))
         if not value.is_mapping:
             if value.text() not in LAYOUTS or value.text() == layout:
-                raise value.error(f"layout {layout!r} cannot be {value.text()!r}", nearest(value.text(), LAYOUTS))
+                others = [other for other in LAYOUTS if other != layout]
+                raise value.error(f"layout {layout!r} cannot be {value.text()!r}", nearest(value.text(), others))
             self.aliases[layout] = value.text()
             self.rules.pop(layout, None)
             return
