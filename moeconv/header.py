@@ -211,7 +211,9 @@ def _entry(name: str, entry: Any, known: dict[tuple[str, Shape], int]) -> tuple[
         or list(map(type, offsets)) != _TWO_INTEGERS
         or not 0 <= offsets[0] <= offsets[1] < _END
     ):
-        raise HeaderError(f"{name[:200]!r} has the data_offsets {str(offsets)[:100]}")
+        raise HeaderError(
+            f"{name[:200]!r} has the data_offsets {str(offsets)[:100]}; two whole numbers are needed, begin and end"
+        )
     kind = dtype, tuple(shape)
     nbytes = known.get(kind)
     if nbytes is None:
