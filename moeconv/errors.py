@@ -9,7 +9,8 @@
     ├── RunError          the system took something away that the run needs
     └── VerifyError       a finished folder is not what it should be
 
-An error carries one or more `Problem`s, because all problems of a plan are shown together.
+An error carries one or more `Problem`s, because all problems of a plan are shown together. ERRORS.md beside this file
+has an entry for each message.
 """
 
 from __future__ import annotations
