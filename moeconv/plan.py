@@ -175,7 +175,7 @@ def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | Non
     found = find_units(source, recipe, options.layout)
     if found.faults and any(map(is_stated, source.tensors)):
         raise PlanError(
-            f"{source.root}: experts in bitsandbytes' 4 bits cannot be moved by a change of layout",
+            f"{source.root}: experts in bitsandbytes' 4 bits change their layout where their states are known",
             "Run `moeconv quantize` with the --format that they have and --experts per-expert or packed: it keeps "
             "codes and scales as they are. Or dequantize it first.",
         )
