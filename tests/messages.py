@@ -16,16 +16,26 @@ from typing import NamedTuple
 PACKAGE = Path(__file__).parent.parent / "moeconv"
 #: Calls that take a part of a message where no rule here follows it, with the argument that has it.
 DETOURS = {"self._refused.setdefault": 0}  # why a matrix cannot have a format: `choices` sorts matrices by it
+#: Functions of other types than `... | str` whose texts become a part of a message: returned, yielded, or the first in
+#: a tuple.
+TELLERS: frozenset[str] = frozenset()
 REASON, WARNING = "reason", "warning"
 _HOLE = re.compile(r"<[^<>]*>")
 _WARNINGS = re.compile(r"(^|_)(warnings|notes)$")
 #: Not worth the name of a hole.
 _DULL = {"self", "str", "len", "list", "join", "sorted", "min", "max", "type", "next", "iter", "map", "size"}
 
-_LOOKED_INTO = (ast.expr, ast.stmt, ast.comprehension, ast.excepthandler, ast.keyword, ast.match_case)
-_NOTED = (
-    ast.Call, ast.Return, ast.List, ast.ListComp, ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.comprehension,
-)  # fmt: skip
+#: Classes of what is not looked into, of statements, and of nodes that may give a name a value or make a message. Sets,
+#: because the nodes of a package are a hundred thousand.
+_LEAVES = frozenset((
+    str, int, float, bool, bytes, type(None), ast.Name, ast.Constant, ast.arguments, ast.alias, ast.Load, ast.Store,
+    *ast.operator.__subclasses__(), *ast.cmpop.__subclasses__(), *ast.boolop.__subclasses__(),
+))  # fmt: skip
+_STATEMENTS = frozenset(ast.stmt.__subclasses__())
+_NOTED = frozenset((
+    ast.Call, ast.Return, ast.Yield, ast.List, ast.ListComp, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr,
+    ast.comprehension,
+))  # fmt: skip
 
 #: Where a statement stands: for each block around it, the block and the number of the statement in it.
 Place = tuple[tuple[int, int], ...]
@@ -58,14 +68,16 @@ def words_of(template: str) -> list[str]:
     return re.findall(r"[^\W\d_]{2,}", _HOLE.sub(" ", template))
 
 
-def read_messages(package: Path = PACKAGE) -> list[Message]:
+def read_messages(
+    package: Path = PACKAGE, detours: Mapping[str, int] = DETOURS, tellers: frozenset[str] = TELLERS
+) -> list[Message]:
     """All messages of a package."""
     paths = sorted(package.rglob("*.py"))
     modules = [_Module(str(path.relative_to(package.parent)), path.read_text(encoding="utf-8")) for path in paths]
-    sinks = {"ImportError": 0, **DETOURS}
+    sinks = {"ImportError": 0, **detours, **{f".{name.rpartition('.')[2]}": 0 for name in detours}}
     for module in modules:
         sinks.update(module.sinks())
-    return [message for module in modules for message in module.messages(sinks)]
+    return [message for module in modules for message in module.messages(sinks, tellers)]
 
 
 class _Given(NamedTuple):
@@ -87,8 +99,12 @@ class _Function:
     def add(self, node: ast.AST, place: Place) -> None:
         self.nodes.append((node, place))
         for name, value in _bound_by(node):
-            is_loop = isinstance(node, ast.comprehension)  # which stands behind what it binds a name for
-            self.given.setdefault(name, []).append(_Given(value, 0 if is_loop else value.lineno, place))
+            given = _Given(value, value.lineno, place)
+            if isinstance(node, ast.comprehension):  # which stands behind what it binds a name for
+                given = given._replace(line=0)
+            elif isinstance(node, ast.AugAssign):  # what was given before counts as well
+                given = given._replace(place=())
+            self.given.setdefault(name, []).append(given)
 
     @property
     def message_at(self) -> int | None:
@@ -98,10 +114,10 @@ class _Function:
         names = [argument.arg for argument in self.node.args.args if argument.arg not in ("self", "cls")]
         return names.index("message") if "message" in names else None
 
-    def texts(self, sinks: Mapping[str, int]) -> Iterator[tuple[ast.expr, Place, str]]:
+    def texts(self, sinks: Mapping[str, int], tellers: frozenset[str]) -> Iterator[tuple[ast.expr, Place, str]]:
         """Expressions that are messages, their places, and what makes them."""
         function = self.node if isinstance(self.node, ast.FunctionDef) else None
-        gives_reasons = function is not None and _may_be_text(function.returns)
+        tells = function is not None and (function.name in tellers or _may_be_text(function.returns))
         warns = function is not None and _WARNINGS.search(function.name) is not None
         for node, place in self.nodes:
             match node:
@@ -114,8 +130,8 @@ class _Function:
                     yield from ((text, place, WARNING) for text in texts)
                 case ast.ListComp(elt=text) if warns:
                     yield text, place, WARNING
-                case ast.Return(value=ast.expr() as text) if gives_reasons:
-                    yield text, place, REASON
+                case ast.Return(value=ast.expr() as text) | ast.Yield(value=ast.expr() as text) if tells:
+                    yield text.elts[0] if isinstance(text, ast.Tuple) else text, place, REASON
 
 
 def _may_be_text(returns: ast.expr | None) -> bool:
@@ -129,7 +145,7 @@ def _sink(func: ast.expr, sinks: Mapping[str, int]) -> str | None:
     match func:
         case ast.Name(id=name) | ast.Attribute(attr=name) if name in sinks:
             return name
-        case ast.Attribute(attr="setdefault"):
+        case ast.Attribute(attr=attr) if f".{attr}" in sinks:  # the end of a detour
             return name if (name := ast.unparse(func)) in sinks else None
     return None
 
@@ -143,6 +159,8 @@ def _bound_by(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
             yield name, value
         case ast.NamedExpr(target=ast.Name(id=name), value=value):
             yield name, value
+        case ast.AugAssign(target=ast.Name(id=name), op=ast.Add() as op, value=value):
+            yield name, ast.copy_location(ast.BinOp(ast.Name(name), op, value), value)
         case ast.comprehension(
             target=ast.Tuple(elts=[_, ast.Name(id=name)]),
             iter=ast.Call(func=ast.Attribute(value=ast.Name() as table, attr="items")),
@@ -163,21 +181,21 @@ class _Module:
             parent, place, function = pending.pop()
             for field in parent._fields:
                 value = getattr(parent, field)
-                for number, child in enumerate(value) if isinstance(value, list) else ((0, value),):
-                    if not isinstance(child, _LOOKED_INTO):
+                for number, child in enumerate(value) if value.__class__ is list else ((0, value),):
+                    kind = child.__class__
+                    if kind in _LEAVES:
                         continue
                     inner, owner = place, function
-                    if isinstance(child, ast.FunctionDef):
+                    if kind is ast.FunctionDef:
                         inner, owner = (), _Function(child)
                         self.functions.append(owner)
-                    elif isinstance(child, ast.stmt):
+                    elif kind in _STATEMENTS:
                         inner = (*place, (id(value), number))
-                    if isinstance(child, ast.ClassDef):
+                    if kind is ast.ClassDef:
                         self.classes.append(child)
-                    elif isinstance(child, _NOTED):
+                    elif kind in _NOTED:
                         function.add(child, inner)
-                    if not isinstance(child, ast.Name | ast.Constant):
-                        pending.append((child, inner, owner))
+                    pending.append((child, inner, owner))
 
     def sinks(self) -> dict[str, int]:
         """What takes a message here, and which argument that is: classes of errors, and functions that make them."""
@@ -190,12 +208,12 @@ class _Module:
                 found[cls.name] = fields.index("message") if "message" in fields else 0
         return found
 
-    def messages(self, sinks: Mapping[str, int]) -> Iterator[Message]:
+    def messages(self, sinks: Mapping[str, int], tellers: frozenset[str]) -> Iterator[Message]:
         outside = self.functions[0].given
         for function in self.functions:
             if function.message_at is not None:
                 continue  # it passes on what it is given
-            for node, place, made_by in function.texts(sinks):
+            for node, place, made_by in function.texts(sinks, tellers):
                 for text in _Texts(function.given, outside, node.lineno, place).of(node):
                     message = " ".join(text.partition("\n")[0].split())
                     yield Message(message, made_by, f"{self.path}:{node.lineno}")
@@ -256,13 +274,11 @@ class _Texts:
 
 
 def _is_passed(place: Place, later: Place) -> bool:
-    """Whoever gets to `later` was at `place`: a statement of a block around it, in front of it or itself."""
+    """Whoever gets to `later` was at `place`: at a statement of a block around it, in front of it or itself."""
+    if not place or len(later) < len(place):
+        return False
     *outer, (block, number) = place
-    return later[: len(outer)] == tuple(outer) and len(later) > len(outer) and _after(later[len(outer)], block, number)
-
-
-def _after(step: tuple[int, int], block: int, number: int) -> bool:
-    return step[0] == block and step[1] >= number
+    return later[: len(outer)] == tuple(outer) and later[len(outer)][0] == block and later[len(outer)][1] >= number
 
 
 def _told(texts: list[str], node: ast.expr) -> list[str]:
