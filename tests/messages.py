@@ -77,7 +77,8 @@ def read_messages(
     sinks = {"ImportError": 0, **detours, **{f".{name.rpartition('.')[2]}": 0 for name in detours}}
     for module in modules:
         sinks.update(module.sinks())
-    return [message for module in modules for message in module.messages(sinks, tellers)]
+    constants = {name: given for module in modules for name, given in module.constants()}
+    return [message for module in modules for message in module.messages(sinks, tellers, constants)]
 
 
 class _Given(NamedTuple):
@@ -208,8 +209,14 @@ class _Module:
                 found[cls.name] = fields.index("message") if "message" in fields else 0
         return found
 
-    def messages(self, sinks: Mapping[str, int], tellers: frozenset[str]) -> Iterator[Message]:
-        outside = self.functions[0].given
+    def constants(self) -> Iterator[tuple[str, list[_Given]]]:
+        """Names in capitals that other modules may import."""
+        return ((name, given) for name, given in self.functions[0].given.items() if name.isupper() and name[0] != "_")
+
+    def messages(
+        self, sinks: Mapping[str, int], tellers: frozenset[str], constants: Mapping[str, list[_Given]]
+    ) -> Iterator[Message]:
+        outside = {**constants, **self.functions[0].given}
         for function in self.functions:
             if function.message_at is not None:
                 continue  # it passes on what it is given

@@ -190,7 +190,7 @@ class Diagnosis:
 
 def some_warnings():
     lines = [f"{count:,} were left behind" for count in ()]
-    lines.append("nobody is looking")
+    lines.append(f"nobody is looking in the {PLACE}")
     return [*lines, "it is getting late"]
 """
 
@@ -199,6 +199,7 @@ def test_messages_are_found_however_they_are_made(tmp_path: Path) -> None:
     package = tmp_path / "package"
     package.mkdir()
     (package / "finder.py").write_text(SOURCE)
+    (package / "names.py").write_text('PLACE = "cellar"')
     found = read_messages(package, {"self.whole.note": 1}, frozenset({"told"}))
     assert {(message.key, message.made_by) for message in found if not message.is_passed_on} == {
         ("<> are not known", "_wrong"),
@@ -215,11 +216,11 @@ def test_messages_are_found_however_they_are_made(tmp_path: Path) -> None:
         ("it broke", REASON),
         ("<> in the end", REASON),
         ("<> were left behind", WARNING),
-        ("nobody is looking", WARNING),
+        ("nobody is looking in the cellar", WARNING),
         ("it is getting late", WARNING),
     }
     assert ("<>", "LostError") in {(message.key, message.made_by) for message in found}
-    line = SOURCE.splitlines().index('    lines.append("nobody is looking")') + 1
+    line = SOURCE.splitlines().index('    lines.append(f"nobody is looking in the {PLACE}")') + 1
     assert f"package/finder.py:{line}" in {message.where for message in found}
 
 
