@@ -91,6 +91,8 @@ class Choices:
             why = "engines have no experts of that kind; --experts keep leaves them as they are"
             self._refused.setdefault(f"{decision.format.name}: {why}", []).append(spec.name)
             return Decision(None, f"experts cannot be {decision.format.name}")
+        if decision.format.is_packed and is_expert and block in self._kept_why:
+            return Decision(None, self._kept_why[block])
         if decision.format.is_packed and is_expert:
             self._refused.setdefault(f"{decision.format.name}: its experts would be one tensor", []).append(spec.name)
             return Decision(None, f"only packed experts can be {decision.format.name}")
@@ -109,6 +111,9 @@ class Choices:
         spec = fill.target
         decision = self._decider.decide(module_of(spec), is_expert=True)
         made = decision.format
+        if made is not None and not made.is_packed and decision.is_named:
+            why = "its experts are one tensor beside those of a packed format"
+            self._refused.setdefault(f"{made.name}: {why}", []).append(spec.name)
         if made is None or not made.is_packed:
             return Decision(None, self._kept_why.get(block, "kept with its layer's experts"))
         refused = made.refusal(spec.shape[1:], self._fates.dtype(spec.dtype)) or made.expert_refusal(spec.shape[1:])

@@ -198,7 +198,7 @@ class _Planner:
         recipe = load_recipe(joint) if joint else self.recipe  # of the result
         layout = "experts" if changes or not self.quantizes else self._layout(kept)
         layout = "packed" if joint or (self.packs and changes) else layout
-        readers = self._readers(kinds, groups, kept, bool(joint))
+        readers = self._readers(kinds, groups, kept, bool(joint), bool(changes))
         warnings = [*source_warnings(self.source, changes), *self._warnings(kinds), *reader_warnings(readers)]
         return Plan(
             self.source, recipe, layout, self.options, tuple(changes), tuple(kept), found.rest, files, index,
@@ -206,7 +206,7 @@ class _Planner:
         )  # fmt: skip
 
     def _readers(
-        self, kinds: Sequence[Kind], groups: Sequence[Group], kept: Sequence[Unit], joint: bool
+        self, kinds: Sequence[Kind], groups: Sequence[Group], kept: Sequence[Unit], joint: bool, moves: bool
     ) -> tuple[Reading, ...]:
         """Which engines read the result."""
         if groups:
@@ -218,7 +218,7 @@ class _Planner:
             if self.choices.overridden:
                 why = "not tried: rules quantize modules that are kept by default"
                 readers = tuple(r._replace(reads="unknown", why=why) if r.reads == "yes" else r for r in readers)
-            if joint or self.packs or "experts" not in self.recipe.layouts:
+            if joint or self.packs or not moves or "experts" not in self.recipe.layouts:
                 return readers
             plain = readings(self.recipe, self.stored.config, "experts")  # an engine may know no experts one by one
             return tuple(

@@ -273,7 +273,7 @@ class PackedQuantizer(HfQuantizer):
         """
         if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise UsageError("a model that is spread over devices cannot be dequantized", "Load it onto one device.")
-        made = dtype or model.dtype
+        made = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         for name in self.packed:
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
@@ -385,8 +385,9 @@ def _plain_linear(packed: Linear4bit, dtype: torch.dtype) -> nn.Linear:
     """The same layer, unpacked."""
     with torch.device("meta"):
         made = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None)
-    state: QuantState = packed.weight.quant_state  # type: ignore[attr-defined]
-    made.weight = nn.Parameter(dequantize_4bit(packed.weight.data, state).to(dtype))
+    state: QuantState = copy(packed.weight.quant_state)  # type: ignore[attr-defined]
+    state.dtype = dtype
+    made.weight = nn.Parameter(dequantize_4bit(packed.weight.data, state))
     made.bias = packed.bias
     return made.train(packed.training)
 

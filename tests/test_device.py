@@ -169,7 +169,7 @@ def test_what_is_not_finite_is_passed_on_with_all_that_is_under_way(source: Path
 
 @pytest.mark.usefixtures("whole_tiles")
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "int8"])
-@pytest.mark.parametrize("max_vram", [None, 8_000_000, 3_000_000])
+@pytest.mark.parametrize("max_vram", [None, 8_000_000, 4_000_000])
 def test_a_device_holds_no_more_than_planned(source: Path, tmp_path: Path, name: str, max_vram: int | None) -> None:
     made = plan_of(source, name, devices=("late",), max_vram=max_vram, jobs=2)
     assert max_vram is None or made.memory.device_bytes <= max_vram

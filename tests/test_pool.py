@@ -137,7 +137,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_an_error(
     resume(workers)
     out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (1, "")
-    assert err.startswith("moeconv: a worker process was killed")
+    assert "moeconv: a worker process was killed" in err  # behind lines of progress, where all is slow
     assert "\n  -> " in err
     assert gone(workers)
     assert not target.exists()
