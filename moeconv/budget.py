@@ -7,8 +7,20 @@ from typing import NamedTuple
 
 from moeconv.errors import UsageError
 from moeconv.plan import BASELINE_BYTES, COPY_BUFFER_BYTES, TORCH_BYTES, Memory, Options
-from moeconv.steps import Decode, Matrix, Step, Transcode, staged_nbytes, tile_rows, whole_run
-from moeconv.tensors import DTYPE_BITS
+from moeconv.steps import (
+    Decode,
+    Matrix,
+    Rearrange,
+    Step,
+    Transcode,
+    Woven,
+    staged_nbytes,
+    strand_rows,
+    strip_rows,
+    tile_rows,
+    whole_run,
+)
+from moeconv.tensors import DTYPE_BITS, Shape
 
 #: Elements of a tile on a CPU, the first that the budget allows. Each costs some hundred calls, small and large ones
 #: alike: a quarter of the largest takes a seventh more time.
@@ -34,12 +46,16 @@ _REARRANGED_COPIES = 2
 
 
 class _Needs(NamedTuple):
-    """Bytes for one worker: its buffer, a staging buffer, everything else on the host, and on its device."""
+    """Bytes for one worker: its buffer, a staging buffer, everything else on the host, and on its device.
+
+    `strip` is that part of everything else which holds a strip of a woven matrix.
+    """
 
     buffer: int
     staging: int
     scratch: int
     device: int
+    strip: int = 0
 
 
 def transcoding_memory(steps: Sequence[Step], names: int, jobs: int, options: Options) -> Memory:
@@ -75,7 +91,7 @@ def transcoding_memory(steps: Sequence[Step], names: int, jobs: int, options: Op
         _require("--max-vram", options.max_vram, needs.device)
         jobs = min(jobs, options.max_vram // needs.device * len(options.devices))
     on_device = -(-jobs // len(options.devices)) * needs.device if on_gpu else 0
-    return Memory(baseline, names, jobs, needs.buffer, needs.scratch, needs.staging, tile, on_device)
+    return Memory(baseline, names, jobs, needs.buffer, needs.scratch, needs.staging, tile, on_device, needs.strip)
 
 
 def _require(option: str, given: int, least: int) -> None:
@@ -89,7 +105,9 @@ def _require(option: str, given: int, least: int) -> None:
 def _kind(step: Transcode) -> tuple[object, ...]:
     """Steps of one kind need the same."""
     how = [
-        (id(matrix.source.format) if isinstance(matrix.source, Decode) else whole_run(matrix.source) is None)
+        whole_run(matrix.source) is None
+        if isinstance(matrix.source, Rearrange)
+        else tuple((id(decode.format), shape) for decode, shape in _decoded(matrix))
         for matrix in _matrices(step)
     ]
     return step.matrix.shape, step.row_multiple, step.matrix.source_dtype, id(step.encoder), *how
@@ -100,6 +118,13 @@ def _matrices(step: Transcode) -> tuple[Matrix, ...]:
     return step.sharing or (step.matrix,)
 
 
+def _decoded(matrix: Matrix) -> list[tuple[Decode, Shape]]:
+    """The quantized matrices that a matrix is made of."""
+    if isinstance(matrix.source, Woven):
+        return [(strand.decode, strand.shape) for strand in matrix.source.strands]
+    return [(matrix.source, matrix.shape)] if isinstance(matrix.source, Decode) else []
+
+
 def _needs(transcodes: Sequence[Transcode], tile: int, on_gpu: bool) -> _Needs:
     depth = GPU_DEPTH if on_gpu else 1
     needs = _Needs(COPY_BUFFER_BYTES, 0, 0, 0)
@@ -107,21 +132,29 @@ def _needs(transcodes: Sequence[Transcode], tile: int, on_gpu: bool) -> _Needs:
         rows = tile_rows(step, tile)
         matrices = _matrices(step)
         elements = rows * step.matrix.shape[1]
-        formats = [step.encoder, *(m.source.format for m in matrices if isinstance(m.source, Decode))]
-        live = elements * max(8, *(format_.live_nbytes for format_ in formats if format_))
+        woven = [matrix.source for matrix in matrices if isinstance(matrix.source, Woven)]
+        decoders = [matrix.source.format for matrix in matrices if isinstance(matrix.source, Decode)]
+        live = elements * max([8, *(format_.live_nbytes for format_ in (step.encoder, *decoders) if format_)])
         if step.encoder is not None:  # beside a tile its first rows, in both forms: see `Transcode.sampled`
             first = min(rows, step.row_multiple) * step.matrix.shape[1]
             live = max(live, elements * 4 + first * (step.encoder.live_nbytes + _SAMPLED_NBYTES))
         staging = max(staged_nbytes(matrix.source, 0, rows) for matrix in matrices)
+        strands = [strand for source in woven for strand in source.strands]
+        for strand in strands:  # decoded before what is woven of them is encoded
+            count = strand_rows(strand, tile)
+            live = max(live, count * strand.shape[1] * strand.decode.format.live_nbytes)
+            staging = max(staging, staged_nbytes(strand.decode, 0, count))
+        strip = max((staged_nbytes(source, 0, strip_rows(step, tile)) for source in woven), default=0)
         buffer = 0
         for matrix in matrices:
-            if not isinstance(matrix.source, Decode) and whole_run(matrix.source) is None:
+            if isinstance(matrix.source, Rearrange) and whole_run(matrix.source) is None:
                 item = DTYPE_BITS[matrix.source_dtype] // 8
                 gaps = _GAP_NBYTES * sum(step.matrix.shape)
                 buffer = max(buffer, elements * item * _REARRANGED_COPIES + gaps)
         results = rows * step.row_nbytes * depth if on_gpu else live + PROCESS_BYTES
         needs = _Needs(
             max(needs.buffer, buffer), max(needs.staging, staging),
-            max(needs.scratch, depth * staging + results), max(needs.device, int(live * GPU_ROUNDING)),
+            max(needs.scratch, depth * staging + results + strip), max(needs.device, int(live * GPU_ROUNDING)),
+            max(needs.strip, strip),
         )  # fmt: skip
     return needs

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from moeconv.errors import Problem
 from moeconv.moves import Change, Fill
@@ -14,7 +14,8 @@ from moeconv.names import Pattern, collapse, natural_key
 from moeconv.recipe import Recipe
 from moeconv.scheme import Decider, Decision
 from moeconv.tensors import Spec
-from moeconv.values import WEIGHT, Fates, is_matrix, is_same, is_stack
+from moeconv.units import Unit, other_names
+from moeconv.values import WEIGHT, Fates, Kind, is_layer, is_matrix, is_same, is_stack
 
 #: Why a tensor is kept that may be experts without being described.
 STACK = "several matrices in one tensor, which the recipe does not name"
@@ -181,6 +182,21 @@ class Choices:
                         "Write a rule that gives all of them the same.",
                     )
                 )
+
+
+def kept_modules(kinds: Iterable[Kind], blocks: Container[str], units: Iterable[Unit]) -> list[str]:
+    """Modules that hold matrices in full precision, by the names that they have in any layout.
+
+    Args:
+        kinds: every target.
+        blocks: names of tensors of experts.
+        units: of the source.
+    """
+    plain = [value.fill.target for kind in kinds if kind[0].format is None for value in kind]
+    kept = [module_of(spec) for spec in plain if is_layer(spec)]
+    kept += {spec.name.rpartition(".")[0] for spec in plain if is_stack(spec) and spec.name in blocks}
+    kept_set = set(kept)
+    return kept + [name for unit in units for name in other_names(unit, kept_set)]
 
 
 def module_of(spec: Spec) -> str:

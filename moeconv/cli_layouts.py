@@ -51,14 +51,14 @@ def _make_plan(
 ) -> Plan:
     """The plan of a change of layout; what was in layout `undo` before the folder was made stays in it."""
     from moeconv.manifest import kept_blocks
-    from moeconv.plan import plan
+    from moeconv.relayout import plan_layout
 
     check_layouts(to, layout)
     checkpoint, found, options = open_source(
         source, recipe, layout, include, max_shard_size, jobs, max_memory, destination=destination
     )
     stay = kept_blocks(checkpoint.manifest, undo) if undo is not None else ()
-    return plan(checkpoint, found, to, options._replace(stay=stay))
+    return plan_layout(checkpoint, found, to, options._replace(stay=stay))
 
 
 def _convert(

@@ -26,7 +26,8 @@ class Group(NamedTuple):
     """Tensors of a plan that share a fate.
 
     Attributes:
-        what: `merged`, `split`, `rearranged`, `renamed`, `kept` (in the wanted layout already) or `copied`.
+        what: `merged`, `split`, `rearranged`, `renamed`, `kept` (in the wanted layout already) or `copied`; where
+            values change, the name of a format, `decoded`, `moved` or `copied`.
         why: one sentence.
         sources: names, collapsed.
         targets: names, collapsed.
@@ -71,9 +72,7 @@ def _valued(plan: Plan) -> list[Group]:
     """Groups of a quantization: what has the same fate for the same reason."""
     together: dict[tuple[str, str], list[list[Value]]] = {}
     for kind in alike(plan.values):
-        fate = kind[0].fate
-        what = fate.format.name if fate.format else "decoded" if fate.decoder else "copied"
-        together.setdefault((what, fate.why), []).append(kind)
+        together.setdefault((_what(kind[0]), kind[0].fate.why), []).append(kind)
     groups = []
     for (what, why), kinds in together.items():
         values = [value for kind in kinds for value in kind]
@@ -90,6 +89,15 @@ def _valued(plan: Plan) -> list[Group]:
         groups.append(Group(what, why, names_in, names_out, *counts, str(made[0])))
     order = {"copied": 2, "decoded": 1}
     return sorted(groups, key=lambda group: (order.get(group.what, 0), -group.nbytes_out))
+
+
+def _what(value: Value) -> str:
+    """One word for what becomes of it, and of all that share its fate."""
+    if value.format:
+        return value.format.name
+    if value.fate.decoder:
+        return "decoded"
+    return "copied" if all(move.source.spec == value.fill.target for move in value.fill.moves) else "moved"
 
 
 def _stored(sources: Iterable[StoredTensor]) -> list[Spec]:

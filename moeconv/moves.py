@@ -192,7 +192,7 @@ def _fills(
         if named and expert:
             target = Spec(stack.rule.pattern.fill(unit.block, stack.first + expert), dtype, stack.shape)
         moves = [
-            Move(hits[source.first + expert], 0, route)
+            _move(hits[source.first + expert], route)
             if source.rule.pattern.ids is not None
             else Move(hits[0], expert * prod(source.block), route)
             for source, hits, route in taken
@@ -200,6 +200,18 @@ def _fills(
         yield Fill(target, 0 if named else expert * size, stack.block, tuple(moves))
     if stack.pad:
         yield Fill(target, experts * size, (stack.pad, *stack.block), ())
+
+
+def _move(tensor: StoredTensor, route: Route) -> Move:
+    """A move from a tensor, or from a piece of one as it lies there."""
+    if tensor.inside is None:
+        return Move(tensor, 0, route)
+    return Move(tensor, tensor.inside.at, _through(tensor.inside.view, route.source, route.target))
+
+
+@cache  # the same for all experts
+def _through(piece: View, source: View, target: View) -> Route:
+    return Route.between(source.within(piece), target)
 
 
 def copy_of(tensor: StoredTensor) -> Fill:
@@ -229,6 +241,37 @@ def by_move(fill: Fill) -> list[Fill] | None:
         route = Route.between(move.route.source, View.whole(move.route.source.shape))
         found.append(Fill(fill.target, fill.at + run[1], (run[2] // columns, columns), (move._replace(route=route),)))
     return found
+
+
+def is_woven(fill: Fill) -> bool:
+    """Whether rows of the fill are made of several quantized matrices, or of something else than rows of one."""
+    stored = [move.source.encoded for move in fill.moves]
+    return any(stored) and (len(stored) > 1 or not _is_run_of_blocks(fill.moves[0]))
+
+
+def can_be_woven(fill: Fill) -> bool:
+    """Whether a woven fill is a matrix of which every source can be decoded without its neighbours."""
+    return len(fill.block) == 2 and all(map(_stands_alone, fill.moves))
+
+
+def _stands_alone(move: Move) -> bool:
+    """A quantized matrix that is a tensor, or whole blocks of one where blocks are numbered."""
+    stored, shape = move.source.encoded, move.route.source.block
+    if stored is None or len(shape) != 2:
+        return False
+    block = stored.format.block
+    return shape == move.source.spec.shape or (block > 1 and move.source_at % block == prod(shape) % block == 0)
+
+
+def _is_run_of_blocks(move: Move) -> bool:
+    """Quantized values that are read as they lie: a whole matrix, or whole blocks where blocks are numbered."""
+    run, stored = move.route.run, move.source.encoded
+    if run is None or stored is None:
+        return False
+    first = move.source_at + run[0]
+    if stored.format.block == 1:
+        return first == 0 and run[2] == prod(move.source.spec.shape)
+    return first % stored.format.block == 0
 
 
 @cache  # the shapes of a model are few

@@ -22,7 +22,6 @@ from moeconv.moves import Change, Fill, change
 from moeconv.recipe import Recipe
 from moeconv.scheme import Scheme
 from moeconv.shards import TargetFile, place_specs
-from moeconv.states import is_stated
 from moeconv.steps import Copy, Step, needs_whole_bytes, steps_of
 from moeconv.tasks import TASK_BYTES, Task, tasks_of
 from moeconv.tensors import Spec
@@ -81,6 +80,7 @@ class Memory(NamedTuple):
         buffer: of each thread.
         scratch: other memory of each thread, staging included.
         staging: one staging buffer of a thread's lane (`device`).
+        strip: of `scratch`, bytes for a strip of a woven matrix (`steps`).
         tile_elements: of a matrix that is encoded or decoded.
         device_bytes: peak on each GPU.
     """
@@ -93,6 +93,7 @@ class Memory(NamedTuple):
     staging: int = 0
     tile_elements: int = 0
     device_bytes: int = 0
+    strip: int = 0
 
     @property
     def peak(self) -> int:
@@ -169,19 +170,11 @@ def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | Non
         UsageError: a layout that the recipe cannot say.
     """
     options = options or Options()
-    for name in (layout, *((options.layout,) if options.layout else ())):
-        if name not in recipe.layouts:
-            raise UsageError(f"recipe {recipe.name} has no layout {name!r}", f"It has: {', '.join(recipe.layouts)}.")
+    check_layouts(recipe, layout, options)
     found = find_units(source, recipe, options.layout)
-    if found.faults and any(map(is_stated, source.tensors)):
-        raise PlanError(
-            f"{source.root}: experts in bitsandbytes' 4 bits change their layout where their states are known",
-            "Run `moeconv quantize` with the --format that they have and --experts per-expert or packed: it keeps "
-            "codes and scales as they are. Or dequantize it first.",
-        )
     problems = list(found.faults)
     goal = recipe.layout(layout)
-    stays = [unit.block in options.stay or _is_already(unit, goal) for unit in found.units]
+    stays = [unit.block in options.stay or is_already(unit, goal) for unit in found.units]
     kept = tuple(unit for unit, is_kept in zip(found.units, stays, strict=True) if is_kept)
     changes = [
         made
@@ -212,8 +205,7 @@ def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | Non
         ]
         return tasks_of(steps, [file.path for file in files])
 
-    rearranges = any(move.route.run is None for fill in fills for move in fill.moves)
-    memory = _memory(source, files, rearranges, jobs_of(files, make_tasks, options), options)
+    memory = copying_memory(source, files, fills, jobs_of(files, make_tasks, options), options)
     held = [(unit, [tensor.spec for tensor in unit.tensors()]) for unit in kept]
     held += [(made.unit, list(made.targets)) for made in changes]
     readers = _readers(source, recipe, layout, held)
@@ -225,6 +217,17 @@ def plan(source: Checkpoint, recipe: Recipe, layout: str, options: Options | Non
         source, recipe, layout, options, tuple(changes), kept, found.rest, files, index, make_tasks, memory, readers,
         tuple(warnings),
     )  # fmt: skip
+
+
+def check_layouts(recipe: Recipe, layout: str, options: Options) -> None:
+    """Refuse layouts that a recipe does not have.
+
+    Raises:
+        UsageError: such a layout, as the one to make or the one that the source is said to be in.
+    """
+    for name in (layout, *((options.layout,) if options.layout else ())):
+        if name not in recipe.layouts:
+            raise UsageError(f"recipe {recipe.name} has no layout {name!r}", f"It has: {', '.join(recipe.layouts)}.")
 
 
 def _readers(
@@ -245,7 +248,7 @@ def _readers(
     return tuple(reading._replace(reads="no", why=why) for reading in readers)
 
 
-def _is_already(unit: Unit, layout: str) -> bool:
+def is_already(unit: Unit, layout: str) -> bool:
     """The unit is stored as `layout` says, under that layout's name or another's with the same lines."""
     return layout_lines(unit.component, unit.layout) == layout_lines(unit.component, layout)
 
@@ -289,7 +292,22 @@ def jobs_of(files: Sequence[TargetFile], make_tasks: Callable[[], tuple[Task, ..
     return default_jobs(options.jobs, len(make_tasks()))
 
 
-def _memory(source: Checkpoint, files: Sequence[TargetFile], rearranges: bool, jobs: int, options: Options) -> Memory:
+def copying_memory(
+    source: Checkpoint, files: Sequence[TargetFile], fills: Sequence[Fill], jobs: int, options: Options
+) -> Memory:
+    """What a run needs that changes no values.
+
+    Args:
+        source: as opened.
+        files: to write.
+        fills: all that is not copied tensor by tensor.
+        jobs: workers that are wanted.
+        options: budget.
+
+    Raises:
+        UsageError: a budget that is too small, with the least that works.
+    """
+    rearranges = any(move.route.run is None for fill in fills for move in fill.moves)
     names = (len(source.tensors) + sum(len(file.specs) for file in files)) * NAME_BYTES
     smallest = MIN_TILE_BYTES if rearranges else COPY_BUFFER_BYTES
     wanted = min(MAX_TILE_BYTES, max(MIN_TILE_BYTES, ALL_TILES_BYTES // jobs)) if rearranges else COPY_BUFFER_BYTES

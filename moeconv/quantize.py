@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from moeconv.budget import transcoding_memory
 from moeconv.checkpoint import Checkpoint, LeftOut
-from moeconv.choices import STACK, Choices, module_of
+from moeconv.choices import STACK, Choices, kept_modules, module_of
 from moeconv.config_json import Group, groups_of, rewritten
 from moeconv.encoded import SETTINGS, STATIC_SCALES, decoded_view, quantization_config
 from moeconv.engines import KEPT, MIXED, Reading, format_readings, readings
@@ -24,7 +24,7 @@ from moeconv.fused import torn_matrices
 from moeconv.joined import joined_values
 from moeconv.layouts import find_units
 from moeconv.losses import sampled_matrices
-from moeconv.moves import Change, Fill, by_move, change, copy_of
+from moeconv.moves import Change, Fill, by_move, can_be_woven, change, copy_of, is_woven
 from moeconv.names import collapse, natural_key
 from moeconv.plan import (
     NAME_BYTES,
@@ -40,11 +40,10 @@ from moeconv.scheme import Decider, Decision, Scheme
 from moeconv.shards import place_specs
 from moeconv.steps import Step
 from moeconv.tasks import Task, tasks_of
-from moeconv.tensors import Spec
 from moeconv.transcodes import ANYWHERE, value_steps
-from moeconv.units import Unit, other_names
+from moeconv.units import Unit
 from moeconv.unpacked import unpacked_view
-from moeconv.values import WEIGHT, Fates, Value, alike, is_layer, is_stack, nbytes_of
+from moeconv.values import WEIGHT, Fates, Kind, Value, alike, nbytes_of, targets_together
 
 
 def plan_quantize(source: Checkpoint, recipe: Recipe, scheme: Scheme, options: Options | None = None) -> Plan:
@@ -115,10 +114,6 @@ def plan_dequantize(
     return _Planner(source, recipe, scheme, options or Options()).plan()
 
 
-#: Values with one fate.
-Kind = Sequence[Value]
-
-
 class _Planner:
     def __init__(self, source: Checkpoint, recipe: Recipe, scheme: Scheme, options: Options) -> None:
         self.stored = source
@@ -181,7 +176,7 @@ class _Planner:
             kinds = [kind for kind in kinds if kind[0].format is not None]
             self.source = self.source._replace(sidecars=())
         self.sampled = sampled_matrices(kinds)
-        targets = _groups_of_targets(values, kinds)
+        targets = targets_together(values, kinds)
         files, places, index = place_specs(targets, self.source, self.options.max_shard_nbytes)
 
         @cache
@@ -247,14 +242,16 @@ class _Planner:
             elif (made := change(unit, goal, self.recipe, self.problems)) is not None:
                 moving.append(made)
         if self.choices.is_any_quantized(moving):  # then all of them move: engines expect one layout
-            changes = moving
+            changes, known = moving, len(self.problems)
             fills = [fill for made in moving for fill in self._decodable(made.fills)]
+            if len(self.problems) > known:  # nothing can be said of targets that nothing fills
+                raise PlanError.of(self.problems)
         else:
             kept += [made.unit for made in moving]
         return changes, kept, fills
 
     def _decodable(self, fills: Iterable[Fill]) -> Iterator[Fill]:
-        """Fills each of which reads one quantized matrix at most."""
+        """Fills each of which reads one quantized matrix at most, or can be woven of several."""
         for fill in fills:
             if self.packs and not fill.moves:
                 self.problems.append(
@@ -267,15 +264,18 @@ class _Planner:
             if not any(move.source.encoded for move in fill.moves):
                 yield fill
                 continue
-            found = by_move(fill) if self.packs else [fill] * all(move.route.run for move in fill.moves)
-            if not found or not all(_begins_with_a_block(made) for made in found):
+            found = (by_move(fill) if self.packs else None) or [fill]
+            if not any(map(is_woven, found)):
+                yield from found
+            elif can_be_woven(fill):
+                yield fill
+            else:
                 self.problems.append(
                     Problem(
-                        f"{fill.target.name} would be made of quantized matrices whose rows are not its rows",
+                        f"{fill.target.name} would be made of quantized matrices that cannot be decoded one by one",
                         "Dequantize the checkpoint first, then quantize it.",
                     )
                 )
-            yield from found or ()
 
     def _values(self, fills: Sequence[Fill], stacks: Mapping[str, Sequence[str]]) -> list[Value]:
         decisions = self.choices.of(fills, self.blocks, stacks) if self.quantizes else {}
@@ -404,11 +404,7 @@ class _Planner:
         return lines
 
     def _config(self, kinds: Sequence[Kind], groups: Sequence[Group], units: Sequence[Unit]) -> dict[str, bytes]:
-        plain = [value.fill.target for kind in kinds if kind[0].format is None for value in kind]
-        kept = [module_of(spec) for spec in plain if is_layer(spec)]
-        kept += {spec.name.rpartition(".")[0] for spec in plain if is_stack(spec) and spec.name in self.blocks}
-        kept_set = set(kept)
-        kept += [name for unit in units for name in other_names(unit, kept_set)]
+        kept = kept_modules(kinds, self.blocks, units)
         is_cast = any(kind[0].fate.decoder or kind[0].fate.dtype != kind[0].fill.target.dtype for kind in kinds)
         is_copied = any(kind[0].fate.keeps == "bytes" for kind in kinds)
         carried = ("scale_fmt",) if is_copied else ()  # how engines treat the scales that stay as they are
@@ -427,13 +423,6 @@ def _without_stale_files(source: Checkpoint) -> Checkpoint:
     )
 
 
-def _groups_of_targets(values: Sequence[Value], kinds: Sequence[Kind]) -> list[tuple[Spec, ...]]:
-    """Target tensors that go into one file together, each once also where several matrices lie in it."""
-    if any(kind[0].fate.is_piece or any(value.inside for value in kind) for kind in kinds):
-        return list(dict.fromkeys(value.targets for value in values))
-    return [value.specs for value in values]
-
-
 def _examples(kinds: Sequence[Kind]) -> list[Value]:
     """One for each way to read a matrix: they tell what memory a run needs."""
     return [
@@ -441,14 +430,6 @@ def _examples(kinds: Sequence[Kind]) -> list[Value]:
         for kind in kinds
         for value in {tuple([id(move.route) for move in value.fill.moves]): value for value in kind}.values()
     ]
-
-
-def _begins_with_a_block(fill: Fill) -> bool:
-    """What is read of a quantized tensor, and what is written of one, begins where a block of values does."""
-    (move,) = fill.moves
-    if move.source.encoded is None or move.route.run is None:
-        return True
-    return (move.source_at + move.route.run[0]) % move.source.encoded.format.block == 0
 
 
 def _modules(kind: Kind) -> list[str]:

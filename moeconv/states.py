@@ -13,7 +13,7 @@ from typing import Any
 
 from moeconv.checkpoint import Checkpoint, Encoded, StoredTensor
 from moeconv.errors import Problem
-from moeconv.formats import CODEBOOKS, StoredBnb4
+from moeconv.formats import CODEBOOKS, StoredBnb4, is_dynamic_map
 from moeconv.header import HeaderError, read_json
 from moeconv.small_tensors import SmallTensors
 from moeconv.tensors import Shape, Spec
@@ -77,6 +77,9 @@ def _stated(
     values = struct.unpack("<16f", contents.read(parts["weight.quant_map"]))
     if values != CODEBOOKS[kind]:
         return f"its quant_map is not that of {kind}"
+    nested_map = parts.get("weight.nested_quant_map")
+    if nested_map and not _is_usual_map(contents.read(nested_map)):
+        return "its nested_quant_map is not the one of bitsandbytes"
     codes = parts["weight"]
     return StoredTensor(Spec(base, dtype or own, shape), codes.file, codes.offset, Encoded(made, parts))
 
@@ -100,6 +103,11 @@ def _state(content: bytes, kind: str) -> tuple[Shape, str, float | None] | str:
     if not is_usual or not isinstance(offset, int | float) or not isfinite(offset):
         return f"its scales are quantized in a way that is not known: {str(said)[:200]}"
     return tuple(shape), dtype, float(offset)
+
+
+@cache  # nearly always the same
+def _is_usual_map(content: bytes) -> bool:
+    return is_dynamic_map(struct.unpack("<256f", content))
 
 
 @cache

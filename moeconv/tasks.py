@@ -30,10 +30,11 @@ def source_files(task: Task) -> set[int]:
         elif isinstance(step, Transcode):
             for matrix in (step.matrix, *step.sharing):
                 source = matrix.source
-                if isinstance(source, Decode):
-                    found.update(part.file for part in source.parts)
-                else:
+                if isinstance(source, Rearrange):
                     found.update(piece.source_file for piece in source.pieces)
+                else:
+                    decodes = [source] if isinstance(source, Decode) else [strand.decode for strand in source.strands]
+                    found.update(part.file for decode in decodes for part in decode.parts)
     return found
 
 

@@ -91,6 +91,14 @@ class View(NamedTuple):
         """The view of a block that is the piece itself."""
         return cls(shape, shape, tuple(Axis(axis, 0, 1) for axis in range(len(shape))))
 
+    def within(self, outer: View) -> View:
+        """The piece as it lies where its block is itself the piece that `outer` shows."""
+        axes = [(axis, outer.axes[axis.of]) for axis in self.axes]
+        return View(
+            outer.block, self.shape,
+            tuple(Axis(out.of, out.start + out.step * axis.start, out.step * axis.step) for axis, out in axes),
+        )  # fmt: skip
+
     @property
     def first(self) -> int:
         """Position in the block, in elements, of the piece's first element."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moeconv.device import Compute, Job, Lane
 from moeconv.errors import CheckpointError
@@ -16,13 +16,16 @@ from moeconv.steps import (
     PART_ALIGNMENT,
     Decode,
     Matrix,
-    Ranges,
     Rearrange,
+    Strand,
     Transcode,
+    Woven,
     staged_nbytes,
+    strand_rows,
     tile_rows,
     whole_run,
 )
+from moeconv.tiles import Ranges, overlap
 
 if TYPE_CHECKING:
     import numpy
@@ -55,6 +58,15 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+class _Strip(NamedTuple):
+    """Rows `first` to `last` (excluded) of a woven matrix."""
+
+    source: Woven
+    first: int
+    last: int
+    rows: Tensor
+
+
 class Transcoder:
     """Runs `Transcode` steps. Up to `lane.depth` tiles are under way at once, also of several steps.
 
@@ -74,6 +86,9 @@ class Transcoder:
         self._losses: list[Loss] = []
         self._staging = deque(lane.staging(memory.staging) for _ in range(lane.depth))
         self._peaks: dict[str, float] = {}
+        self._strip_nbytes = memory.strip
+        self._room: Tensor | None = None
+        self._strip: _Strip | None = None
 
     def run(self, step: Transcode, sink: Sink) -> None:
         """Begin all tiles of a step; the last ones may still be under way afterwards."""
@@ -84,6 +99,8 @@ class Transcoder:
             last = min(first + rows, step.last)
             if len(self._under_way) == self._lane.depth:
                 self._deliver(sink)  # the job that read the staging buffer which comes next
+            if self._is_missing(step.matrix, first, last):
+                self.finish(sink)  # the staging buffers are needed
             job = self._submit(step.matrix, first, last, compute if first else sampling)
             self._under_way.append((step, first, last, job))
 
@@ -94,6 +111,54 @@ class Transcoder:
             raise CheckpointError(
                 f"{matrix.name}, rows {first} to {last - 1}: {error}", "Start from the checkpoint in full precision."
             ) from None
+
+    def _is_missing(self, matrix: Matrix, first: int, last: int) -> bool:
+        """Rows of a woven matrix are not in the strip that was decoded last."""
+        if not isinstance(matrix.source, Woven):
+            return False
+        known = self._strip
+        return known is None or known.source is not matrix.source or not known.first <= first < last <= known.last
+
+    def _rows_of_strip(self, matrix: Matrix, source: Woven, first: int, last: int) -> Tensor:
+        """Rows of a woven matrix, in memory that the next strip takes. Nothing may be under way where they are missing.
+
+        Strips begin where they are missed: tiles come in order.
+        """
+        import torch
+
+        if self._is_missing(matrix, first, last):
+            if self._room is None:
+                self._room = torch.empty(self._strip_nbytes, dtype=torch.uint8)
+            pitch = source.shape[1] * source.item_nbytes
+            end = min(source.shape[0], first + self._strip_nbytes // pitch)
+            rows = self._room[: (end - first) * pitch].view(torch_dtype(matrix.source_dtype)).view(-1, source.shape[1])
+            for strand in source.strands:
+                self._weave(strand, rows, first, end)
+            self._strip = _Strip(source, first, end, rows)
+        assert self._strip is not None
+        return self._strip.rows[first - self._strip.first : last - self._strip.first]
+
+    def _weave(self, strand: Strand, rows: Tensor, first: int, last: int) -> None:
+        """Decode what a strand gives to rows `first` to `last` (excluded), and put it there."""
+        part = overlap(strand, ((first, last), (0, rows.shape[1])))
+        if part is None:
+            return
+        (begin, end, step), columns = part.box[0], slice(*part.box[1])
+        target, along = rows[part.tile_slices], part.order.index(0)
+        multiple, most = strand.row_multiple, strand_rows(strand, self._tile_elements)
+        end = min(strand.shape[0], -(-end // multiple) * multiple)
+
+        def decoded(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+            return [strand.decode.format.decode(_parts(strand.decode, inputs), strand.shape[1], rows.dtype)]
+
+        for at in range(begin // multiple * multiple, end, most):
+            stop = min(at + most, end)
+            low, high = (max(0, -(-(edge - begin) // step)) for edge in (at, stop))
+            high = min(high, target.shape[along])
+            if low < high:
+                (tile,) = self._lane.submit(self._read_parts(strand.decode, at, stop), decoded).wait()
+                taken = tile[begin + low * step - at :: step][: high - low, columns]
+                target.narrow(along, low, high - low).copy_(taken.permute(part.order))
 
     def _peak(self, step: Transcode, rows: int, sink: Sink) -> float:
         """What is measured over all matrices that share a number; they follow each other in most tasks."""
@@ -159,6 +224,10 @@ class Transcoder:
         """Rows of a matrix as the source has them: one tensor, or all parts of a quantized one."""
         if isinstance(matrix.source, Decode):
             return self._read_parts(matrix.source, first, last)
+        if isinstance(matrix.source, Woven):
+            rows = self._rows_of_strip(matrix, matrix.source, first, last)
+            tile = self._staged(rows.numel() * rows.element_size()).view(rows.dtype).view(rows.shape)
+            return [tile.copy_(rows)]
         import numpy
 
         source, columns = matrix.source, matrix.shape[1]

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from math import gcd, lcm, prod
+from math import lcm, prod
 
 from moeconv.checkpoint import Encoded, Inside, StoredTensor
-from moeconv.formats import Decoder, GroupFp4, StoredPart
-from moeconv.moves import as_rows, copy_of
+from moeconv.formats import GroupFp4, StoredPart
+from moeconv.moves import Move, as_rows, copy_of, is_woven
 from moeconv.shards import Places
-from moeconv.steps import Content, Decode, Matrix, Part, Step, Transcode, rearrangement, steps_of
+from moeconv.steps import (
+    Content,
+    Copy,
+    Decode,
+    Matrix,
+    Part,
+    Step,
+    Strand,
+    Transcode,
+    Woven,
+    rearrangement,
+    steps_of,
+    whole_rows,
+)
 from moeconv.tensors import DTYPE_BITS, Shape, Spec
 from moeconv.values import Value, matrix_shape, parts_of
 
@@ -38,6 +51,9 @@ def value_steps(
     if value.is_plain:
         yield from steps_of(fill, places[fill.target.name])
         return
+    if stored is not None and fate.keeps == "runs":
+        yield from _runs(value, stored, places)
+        return
     matrix = _matrix(value)
     targets = []
     for number, (spec, part) in enumerate(zip(value.specs, fate.parts, strict=True)):
@@ -54,8 +70,8 @@ def value_steps(
         elif fill.at == 0:
             assert fate.format is not None
             yield Content(*place, fate.format.constant(part, fill.target.shape, fate.dtype))
-    formats = [fate.format, *(other.fate.decoder for other in (*sharing, value))]
-    multiple = lcm(*(made.row_multiple * _rows(made, matrix.shape[1]) for made in formats if made is not None))
+    formats = [fate.format, *(other.fate.decoder for other in (*sharing, value) if not is_woven(other.fill))]
+    multiple = lcm(*(made.row_multiple * whole_rows(made, matrix.shape[1]) for made in formats if made is not None))
     written = sum(part.nbytes(0, matrix.shape[0]) for part in targets)
     yield Transcode(
         matrix, fate.format and fate.format.bound(fill.target.shape, fate.dtype), tuple(targets), multiple,
@@ -64,9 +80,26 @@ def value_steps(
     )  # fmt: skip
 
 
-def _rows(made: Decoder, columns: int) -> int:
-    """Rows between two of which a block ends."""
-    return made.block // gcd(made.block, columns)
+def _runs(value: Value, stored: Encoded, places: Places) -> Iterator[Step]:
+    """Copies of the codes and scales that stand for a matrix, and once for a tensor what is said of the whole of it."""
+    fill, made = value.fill, value.fate.format
+    (move,) = fill.moves
+    assert made is not None
+    assert move.route.run is not None
+    at, shape = move.source_at + move.route.run[0], matrix_shape(fill)
+    for spec, part in zip(value.specs, value.fate.parts, strict=True):
+        assert part is not None
+        file, offset = places[spec.name]
+        if part.values:
+            tensor = stored.parts[part.suffix]
+            origin = _flat(part, tensor.spec, tensor.file, tensor.offset, at, shape)
+            goal = _flat(part, spec, file, offset, fill.at, shape)
+            yield Copy(origin.file, origin.offset, file, goal.offset, goal.size * goal.row_nbytes)
+        elif fill.at == 0 and part.suffix in made.tables:
+            tensor = stored.parts[part.suffix]
+            yield Copy(tensor.file, tensor.offset, file, offset, spec.nbytes)
+        elif fill.at == 0:
+            yield Content(file, offset, made.constant(part, fill.target.shape, value.fate.dtype))
 
 
 def whole_scale(stored: Encoded, shape: Shape) -> tuple[Spec, int, int] | None:
@@ -81,6 +114,11 @@ def whole_scale(stored: Encoded, shape: Shape) -> tuple[Spec, int, int] | None:
 def _matrix(value: Value) -> Matrix:
     """What is encoded: a matrix, or all of a stack one behind the other."""
     fill, stored, shape = value.fill, value.source, matrix_shape(value.fill)
+    if is_woven(fill):
+        # Decoded to float16 nothing would tell what is too large for it from what is not finite in the source.
+        dtype = "F32" if value.fate.dtype == "F16" else fill.target.dtype
+        woven = Woven(shape, DTYPE_BITS[dtype] // 8, tuple(map(_strand, fill.moves)))
+        return Matrix(fill.target.name, shape, value.fate.dtype, woven, dtype)
     if stored is not None:
         (move,) = fill.moves
         at = move.source_at + (move.route.run[0] if move.route.run else 0)
@@ -88,6 +126,14 @@ def _matrix(value: Value) -> Matrix:
     if len(fill.block) > 2:
         fill = as_rows(fill)
     return Matrix(fill.target.name, shape, value.fate.dtype, rearrangement(fill, 0, 0), fill.target.dtype)
+
+
+def _strand(move: Move) -> Strand:
+    """A quantized matrix of which a fill takes rows and columns."""
+    rows, columns = move.route.source.block
+    assert move.source.encoded is not None
+    decode = _decode(move.source.encoded, (rows, columns), move.source_at)
+    return Strand(decode, (rows, columns), move.route.source, move.route.target)
 
 
 def _decode(stored: Encoded, shape: Shape, at: int = 0) -> Decode:

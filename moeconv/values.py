@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from moeconv.checkpoint import Encoded, Inside
 from moeconv.formats import FLOATS, Decoder, Format, StoredPart
-from moeconv.moves import Fill
+from moeconv.moves import Fill, is_woven
 from moeconv.scheme import Decision
 from moeconv.tensors import Shape, Spec
 
@@ -28,7 +28,8 @@ class Fate(NamedTuple):
         decoder: the format in which they are stored; None for full precision.
         why: one phrase.
         dtype: in which they go to their encoder, or are written.
-        keeps: `bytes` where the source's tensors are copied, `codes` where their values are taken, not decoded.
+        keeps: `bytes` where the source's tensors are copied, `runs` where what stands for the matrix is copied from
+            one tensor into another, `codes` where values are taken, not decoded.
         parts: what the tensors that they become are to the format; None for a plain tensor.
         nbytes: of one in full precision, or of what is copied.
         is_expert: they are matrices of experts, or stacks of such.
@@ -73,13 +74,17 @@ class Value(NamedTuple):
 
     @property
     def source(self) -> Encoded | None:
-        """How the source stores it, where that is quantized."""
-        return self.fill.moves[0].source.encoded if self.fill.moves else None
+        """How the source stores it, where that is quantized, row by row."""
+        return None if is_woven(self.fill) else _origin(self.fill)
 
     @property
     def is_plain(self) -> bool:
         """Its bytes are moved and not changed."""
         return self.fate.format is None and self.fate.decoder is None
+
+
+#: Values with one fate.
+Kind = Sequence[Value]
 
 
 class Fates:
@@ -99,7 +104,9 @@ class Fates:
         """The dtype in which a matrix goes to its encoder."""
         return self._dtype if self._dtype is not None and dtype == "F32" else dtype
 
-    def value(self, fill: Fill, decision: Decision, *, is_expert: bool, is_torn: bool) -> Value:
+    def value(
+        self, fill: Fill, decision: Decision, *, is_expert: bool, is_torn: bool = False, keeps: str | None = None
+    ) -> Value:  # fmt: skip
         """What becomes of a fill.
 
         Args:
@@ -107,15 +114,17 @@ class Fates:
             decision: its format.
             is_expert: it is a part of an expert.
             is_torn: what is stored is of no use to engines, though it may be of the right format (`fused`).
+            keeps: what is kept of a quantized one (`Fate.keeps`), where that is decided already.
         """
         name, dtype, shape = spec = fill.target
-        stored = fill.moves[0].source.encoded if fill.moves else None
-        how = None if stored is None else (id(stored.format), *stored.parts)
+        origin, woven = _origin(fill), is_woven(fill)
+        stored = None if woven else origin
+        how = None if origin is None else (id(origin.format), woven, *origin.parts)
         is_layer = name.endswith(WEIGHT)
-        key = (dtype, shape, fill.block, id(decision.format), decision.why, how, is_layer, is_expert, is_torn)
+        key = (dtype, shape, fill.block, id(decision.format), decision.why, how, is_layer, is_expert, is_torn, keeps)
         fate = self._known.get(key)
         if fate is None:
-            fate = self._known[key] = self._fate(fill, decision, stored, is_expert, is_torn)
+            fate = self._known[key] = self._fate(fill, decision, origin, is_expert, is_torn or woven, keeps)
         if fate.format is None:
             return Value(fill, fate, (spec,))
         if fate.keeps == "bytes" and stored is not None:
@@ -127,10 +136,13 @@ class Fates:
         head = name.removesuffix("weight")
         return Value(fill, fate, tuple([Spec(head + p.suffix, p.dtype, p.shape) for p in fate.parts if p]))
 
-    def _fate(self, fill: Fill, decision: Decision, stored: Encoded | None, is_expert: bool, is_torn: bool) -> Fate:
+    def _fate(
+        self, fill: Fill, decision: Decision, stored: Encoded | None, is_expert: bool, is_torn: bool, keeps: str | None
+    ) -> Fate:  # fmt: skip
         spec, made = fill.target, decision.format
         dtype = self.dtype(spec.dtype)
-        keeps = "" if is_torn else kept(stored, made, dtype)
+        if keeps is None:
+            keeps = "" if is_torn else kept(stored, made, dtype)
         if keeps == "codes" and self._allow_nonfinite:
             keeps = ""
         why = decision.why
@@ -140,7 +152,7 @@ class Fates:
         elif stored is not None and keeps == "bytes":
             why, parts = f"{made.name} already; copied byte for byte", (None,) * len(stored.parts)
         else:
-            why = f"{stored.format.name} with the same codes" if stored is not None and keeps else why
+            why = f"{stored.format.name} with the same codes" if stored is not None and keeps == "codes" else why
             parts = parts_of(made, spec.shape, dtype)
         return Fate(
             made, stored.format if stored is not None else None, why, dtype, keeps, parts,
@@ -149,12 +161,24 @@ class Fates:
         )  # fmt: skip
 
 
+def _origin(fill: Fill) -> Encoded | None:
+    """How the source stores the first of what fills it, where that is quantized."""
+    return fill.moves[0].source.encoded if fill.moves else None
+
+
 def alike(values: Iterable[Value]) -> list[list[Value]]:
     """Values with one fate together."""
     groups: dict[int, list[Value]] = {}
     for value in values:
         groups.setdefault(id(value.fate), []).append(value)
     return list(groups.values())
+
+
+def targets_together(values: Sequence[Value], kinds: Sequence[Kind]) -> list[tuple[Spec, ...]]:
+    """Target tensors that go into one file together, each once also where several matrices lie in it."""
+    if any(kind[0].fate.is_piece or any(value.inside for value in kind) for kind in kinds):
+        return list(dict.fromkeys(value.targets for value in values))
+    return [value.specs for value in values]
 
 
 def nbytes_of(kinds: Iterable[Sequence[Value]]) -> int:

@@ -19,10 +19,11 @@ from moeconv.forms import with_forms
 from moeconv.layouts import find_units
 from moeconv.manifest import kept_blocks
 from moeconv.names import collapse
-from moeconv.plan import Options, Plan, plan
+from moeconv.plan import Options, Plan
 from moeconv.quantize import plan_dequantize, plan_quantize
 from moeconv.recipe import Recipe
 from moeconv.recipe_file import load_shipped
+from moeconv.relayout import plan_layout
 from moeconv.scheme import scheme_of
 from moeconv.selection import select_recipe
 from moeconv.worker import Worker
@@ -88,13 +89,15 @@ def verify_folder(
         chosen = select_recipe(source, None, layout)
     if isinstance(scheme, dict):
         return compare(_plan_again(source, chosen, scheme, options), made, files)
-    return compare(plan(source, chosen, _layout_of(made, chosen), options), made, files)
+    return compare(plan_layout(source, chosen, _layout_of(made, chosen), options), made, files)
 
 
 def _plan_again(source: Checkpoint, recipe: Recipe, scheme: dict[str, Any], options: Options) -> Plan:
-    """The plan of a quantization that a manifest tells of."""
+    """The plan of a change of values, or of how they are stored, that a manifest tells of."""
     recipe = with_forms(_before_decoding(source, recipe), source)
     try:
+        if "layout" in scheme:
+            return plan_layout(source, recipe, scheme["layout"], options)
         if "dequantize" in scheme:
             return plan_dequantize(source, recipe, scheme["dequantize"], options)
         return plan_quantize(source, recipe, scheme_of(scheme), options)

@@ -14,19 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from moeconv.files import Files, OpenFiles, Rows
 from moeconv.losses import Loss
-from moeconv.steps import (
-    Copy,
-    Overlap,
-    Piece,
-    Ranges,
-    Rearrange,
-    Step,
-    Transcode,
-    Zeros,
-    overlap,
-    rows_of,
-    tiles_of,
-)  # fmt: skip
+from moeconv.steps import Copy, Piece, Rearrange, Step, Transcode, Zeros
+from moeconv.tiles import Overlap, Ranges, overlap, rows_of, tiles_of
 from moeconv.transcoder import Sink, Transcoder
 
 if TYPE_CHECKING:

@@ -19,11 +19,11 @@ ORDER = [
     "header", "formats.strips", "formats.format", "formats.mx", "formats.rows", "formats.fp8", "formats.fp4",
     "formats.columns", "formats.bnb4", "formats.llm_int8", "formats.integers", "formats.probe", "formats",
     "checkpoint", "small_tensors", "states", "encoded", "config_json", "forms", "units", "suspects", "layouts",
-    "moves", "unpacked", "steps", "tasks", "engines", "scheme", "values", "choices", "shards", "plan", "losses",
-    "origin", "budget", "transcodes", "joined", "fused", "quantize", "explain", "manifest", "selection", "transcoder",
-    "worker", "journal", "pool", "destination", "consumption", "writer", "executor", "verify", "inspect", "discover",
-    "drafts", "propose", "sizing", "target", "progress", "options", "process", "commands", "cli_layouts",
-    "cli_quantize", "cli", "__main__", "transformers",
+    "moves", "unpacked", "steps", "tiles", "tasks", "engines", "scheme", "values", "choices", "shards", "plan",
+    "losses", "origin", "budget", "transcodes", "joined", "fused", "quantize", "relayout", "explain", "manifest",
+    "selection", "transcoder", "worker", "journal", "pool", "destination", "consumption", "writer", "executor",
+    "verify", "inspect", "discover", "drafts", "propose", "sizing", "target", "progress", "options", "process",
+    "commands", "cli_layouts", "cli_quantize", "cli", "__main__", "transformers",
 ]  # fmt: skip
 
 

@@ -43,7 +43,9 @@ def test_codes_and_scales_are_those_of_bitsandbytes(content: str, dtype: str, ki
     assert_bits(packed, codes)
     assert_bits(absmax, state.absmax)
     parts = {"weight": packed, "weight.absmax": absmax}
-    assert_bits(made.decode(parts, matrix.shape[1], matrix.dtype), bnb.dequantize_4bit(codes, state))
+    # The second zero of fp4 is decoded to -0.0 by bitsandbytes' kernel on some CPUs, to 0.0 on others.
+    decoded = made.decode(parts, matrix.shape[1], matrix.dtype)
+    assert_bits(decoded + 0.0, bnb.dequantize_4bit(codes, state) + 0.0)
 
 
 @pytest.mark.parametrize("kind", CODEBOOKS)
@@ -88,6 +90,22 @@ def test_scales_that_are_quantized_are_those_of_bitsandbytes(
     read = bnb.QuantState.from_dict(dict(tensors), torch.device("cpu"))
     assert (read.shape, read.dtype, float(read.offset)) == (matrix.shape, matrix.dtype, float(state.offset))
     assert_bits(bnb.dequantize_4bit(packed, read), bnb.dequantize_4bit(codes, state))
+
+
+@pytest.mark.parametrize("shape", [(5, 24), (3, 7), (70, 1000)])
+@pytest.mark.parametrize("double", [False, True])
+def test_a_last_block_may_be_shorter(tmp_path: Path, shape: tuple[int, int], double: bool) -> None:
+    """bitsandbytes quantizes linear layers of any shape."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    codes, state = bnb.quantize_4bit(matrix, quant_type="nf4", compress_statistics=double)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    parts = {f"{name}.{word}": item for word, item in state.as_dict(packed=True).items()}
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    source = save(
+        tmp_path / "made", {name: codes, **parts}, {"model_type": "qwen3_moe", "quantization_config": settings}
+    )
+    succeeds("dequantize", source, tmp_path / "plain")
+    assert_bits(folder_tensors(tmp_path / "plain")[name], bnb.dequantize_4bit(codes, state))
 
 
 def test_tables_are_those_of_bitsandbytes() -> None:
@@ -223,20 +241,13 @@ def test_experts_one_by_one_are_bitsandbytes_own_form(sources: dict[str, Path], 
     assert {"lm_head", "model.layers.1.mlp.gate"} <= set(settings["llm_int8_skip_modules"])
 
 
-def test_layouts_change_by_quantizing_to_what_they_are(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_quantizing_to_the_same_in_another_form_keeps_codes(sources: dict[str, Path], tmp_path: Path) -> None:
     """There and back is without loss: codes and scales are those of the blocks, wherever they lie."""
     succeeds("quantize", sources["mixtral"], tmp_path / "packed", "--format", "nf4")
-    for command in ("pack", "unpack"):
-        message = refused(command, tmp_path / "packed", tmp_path / "no", within=tmp_path)
-        assert "--experts per-expert or packed: it keeps codes" in message
     options = ("--format", "nf4", "--experts")
     succeeds("quantize", tmp_path / "packed", tmp_path / "one", *options, "per-expert")
     succeeds("quantize", tmp_path / "one", tmp_path / "again", *options, "packed")
     assert read_folder(tmp_path / "again") == read_folder(tmp_path / "packed")
-    assert "--experts per-expert" in refused("unpack", tmp_path / "one", tmp_path / "no", within=tmp_path)
-    # Experts in full precision beside 4-bit attention move as always.
-    succeeds("quantize", sources["mixtral"], tmp_path / "attention", "--format", "nf4", "--experts", "keep")
-    succeeds("pack", tmp_path / "attention", tmp_path / "moved")
 
 
 def source_of(folder: Path, model_type: str, **own: int) -> Path:
@@ -262,8 +273,8 @@ def test_blocks_that_straddle_experts_are_refused(
     assert says in message or "is not made of whole blocks of 64 values" in message
 
 
-def test_stacks_that_lie_across_are_made_from_full_precision_alone(tmp_path: Path) -> None:
-    """Rows of the parameter are columns of the quantized matrices."""
+def test_stacks_that_lie_across_are_those_of_the_parameter(tmp_path: Path) -> None:
+    """Of quantized experts they are made in `test_woven.py`."""
     source = source_of(tmp_path / "source", "gpt_oss", intermediate_size=64, num_local_experts=4, head_dim=64)
     succeeds("quantize", source, tmp_path / "made", "--format", "nf4")
     plain = model_class("gpt_oss").from_pretrained(source, dtype=torch.bfloat16)
@@ -272,9 +283,6 @@ def test_stacks_that_lie_across_are_made_from_full_precision_alone(tmp_path: Pat
         if f"{key}.absmax" in found:
             assert_bits(found[key], bnb.quantize_4bit(parameter.detach().contiguous(), quant_type="nf4")[0])
     assert sum(key.endswith("experts.gate_up_proj") for key in found) == 2
-    succeeds("quantize", source, tmp_path / "mxfp4", "--format", "gptoss_mxfp4")
-    message = refused("quantize", tmp_path / "mxfp4", tmp_path / "no", "--format", "nf4", within=tmp_path)
-    assert "Dequantize the checkpoint first" in message
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,9 @@ from moeconv.plan import Options, Plan, plan
 from moeconv.recipe import LAYOUTS
 from moeconv.recipe_file import parse_recipe
 from moeconv.selection import select_recipe
-from moeconv.steps import Rearrange, rows_of, tiles_of
+from moeconv.steps import Rearrange
 from moeconv.tasks import Task
+from moeconv.tiles import rows_of, tiles_of
 from moeconv.verify import verify_folder
 from moeconv.worker import Worker
 from tests.folders import read_folder, write_folder

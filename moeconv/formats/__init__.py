@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from moeconv.formats.bnb4 import CODEBOOKS, METHOD, Bnb4, StoredBnb4
+from moeconv.formats.bnb4 import CODEBOOKS, METHOD, Bnb4, StoredBnb4, is_dynamic_map
 from moeconv.formats.columns import ColumnInt
 from moeconv.formats.format import FLOATS, Decoder, Format, FormatError, StoredPart
 from moeconv.formats.fp4 import FP4_DIALECTS, GptOssMxFp4, GroupFp4, ModelOptNvFp4, MxFp4, NvFp4
@@ -20,7 +20,7 @@ __all__ = [
     "CODEBOOKS", "EXPONENT_NAN", "FAMILY_FORMATS", "FLOATS", "FORMATS", "FP4_DIALECTS", "METHOD", "BlockFp8", "Bnb4",
     "ChannelFp8", "ChannelInt8", "ColumnInt", "Decoder", "FineGrainedFp8", "Format", "FormatError", "GroupFp4",
     "LlmInt8", "ModelOptFp8", "MxFp8", "PackedInt", "Probe", "StoredBnb4", "StoredPart", "TensorFp8", "amax",
-    "format_name", "make_format",
+    "format_name", "is_dynamic_map", "make_format",
 ]  # fmt: skip
 
 #: Formats that can be written, by name, and the options that each takes, with a type or the words that are known.

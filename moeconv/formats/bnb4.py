@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from math import fsum, prod
-from struct import pack
+from struct import pack, unpack
 from typing import TYPE_CHECKING, Any
 
 from moeconv.formats.format import Decoder, Format, StoredPart
@@ -59,6 +60,7 @@ class StoredBnb4(Decoder):
 
     block = BLOCK
     live_nbytes = 26
+    tables = ("weight.quant_map", "weight.nested_quant_map")
 
     def __init__(self, kind: str, nested: bool = False, offset: float = 0.0) -> None:
         self.name = kind
@@ -109,9 +111,13 @@ class StoredBnb4(Decoder):
         decoded = torch.empty(2 * len(codes), dtype=dtype or torch.float32, device=codes.device)
         for first in range(0, len(decoded), step := _step(decoded)):
             strip = slice(first, min(first + step, len(decoded)))
-            values = pairs.index_select(0, codes[first // 2 : strip.stop // 2].int()).view(-1, BLOCK)
-            decoded[strip] = values.mul_(absmax[first // BLOCK : strip.stop // BLOCK, None]).flatten()
-        return decoded.view(-1, columns)
+            values = pairs.index_select(0, codes[first // 2 : strip.stop // 2].int()).flatten()
+            whole = len(values) // BLOCK * BLOCK  # the last block of a tensor may be shorter
+            scales = absmax[first // BLOCK :]
+            values[:whole].view(-1, BLOCK).mul_(scales[: whole // BLOCK, None])
+            values[whole:].mul_(scales[whole // BLOCK : whole // BLOCK + 1])
+            decoded[strip] = values
+        return decoded[: len(decoded) // columns * columns].view(-1, columns)
 
 
 class Bnb4(StoredBnb4, Format):
@@ -123,14 +129,15 @@ class Bnb4(StoredBnb4, Format):
         experts: `packed`, or `per_expert` for a tensor for each matrix of each expert, which is bitsandbytes' own form.
         shape: of the whole parameter, and
         dtype: its dtype, once they are known (`bound`).
+        offset: what quantized scales are stored less of, where they are kept; None where it is measured.
     """
 
     def __init__(
         self, kind: str = "nf4", double_quant: bool = False, experts: str = "packed", shape: Shape = (),
-        dtype: str = "",
+        dtype: str = "", offset: float | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(kind, double_quant)
-        self.shares_scale = double_quant
+        super().__init__(kind, double_quant, offset or 0.0)
+        self.shares_scale = double_quant and offset is None
         self.is_packed = experts == "packed"
         self.quant_method = METHOD if self.is_packed else "bitsandbytes"
         self._experts = experts
@@ -139,7 +146,7 @@ class Bnb4(StoredBnb4, Format):
 
     def parts(self, shape: Shape, dtype: str) -> tuple[StoredPart, ...]:
         """As they are read, but for the state: it holds a number that is measured, and every tile writes it."""
-        rows = prod(shape[:-1]) if self.nested else 0
+        rows = prod(shape[:-1]) if self.shares_scale else 0
         return tuple(
             part._replace(rows=rows) if part.suffix.startswith(_STATE) else part for part in super().parts(shape, dtype)
         )
@@ -288,15 +295,30 @@ def _pairs(kind: str, device: torch.device) -> Tensor:
 
 @cache
 def dynamic_map() -> tuple[float, ...]:
-    """The values of 8-bit codes for scales: signed, seven decades, with the finer steps the larger they are."""
-    import torch
+    """The values of 8-bit codes for scales: signed, seven decades, with the finer steps the larger they are.
 
+    As `torch.linspace` and float32 make them where multiply and add are one operation.
+    """
     values = [0.0, 1.0]
+    first, last = _float32(0.1), 1.0
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, (1 << decade) + 1)
-        means = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += [*means.tolist(), *means.neg().tolist()]
-    return tuple(torch.tensor(sorted(values)).tolist())
+        count = 1 << decade
+        step, factor = _float32(_float32(last - first) / count), _float32(10.0 ** (decade - 6))
+        ups = [_float32(first + step * at) for at in range((count + 1) // 2)]
+        edges = [*ups, *(_float32(last - step * (count - at)) for at in range(len(ups), count + 1))]
+        means = [_float32(factor * _float32(_float32(a + b) / 2)) for a, b in pairwise(edges)]
+        values += [*means, *(-mean for mean in means)]
+    return tuple(sorted(values))
+
+
+def is_dynamic_map(values: Sequence[float]) -> bool:
+    """Whether these are the values, but for how a machine rounds them."""
+    return all(abs(one - other) <= 1e-6 * abs(other) for one, other in zip(values, dynamic_map(), strict=True))
+
+
+def _float32(value: float) -> float:
+    rounded: float = unpack("<f", pack("<f", value))[0]
+    return rounded
 
 
 @cache

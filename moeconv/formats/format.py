@@ -56,12 +56,14 @@ class Decoder(ABC):
         block: values that belong together, in row-major order; a tile begins between two blocks.
         live_nbytes: bytes that encoding or decoding holds at once for each element of a tile, all included (held by
             a test).
+        tables: suffixes of parts that hold the same for every matrix of the format.
     """
 
     name: str
     row_multiple: int = 1
     block: int = 1
     live_nbytes: int = 20
+    tables: tuple[str, ...] = ()
 
     @abstractmethod
     def parts(self, shape: Shape, dtype: str) -> tuple[StoredPart, ...]:
