@@ -11,7 +11,7 @@ LLMCOMPRESSOR_VENV ?= .venv-llmcompressor
 BENCH_DIR ?= build/bench
 
 .PHONY: demo install test check lint type fmt test-vllm test-loss loss bench bench-memory bench-plans bench-llmcompressor bench-nf4 golden
-.PHONY: clean
+.PHONY: clean soak
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -62,16 +62,23 @@ test-loss: $(INSTALLED_FOR_TESTS)
 loss: $(INSTALLED_FOR_TESTS)
 	TQDM_DISABLE=1 $(BIN)/python examples/loss.py
 
-# Writes 5 GB and as much again for each output, in BENCH_DIR; takes about five minutes.
-bench: $(INSTALLED)
+# Writes 5 GB and as much again for each output, in BENCH_DIR; takes about ten minutes.
+bench: $(INSTALLED_FOR_TESTS)
 	$(BIN)/python tests/bench/speed.py $(BENCH_DIR)
+	$(BIN)/python tests/bench/journal.py $(BENCH_DIR)
+	$(BIN)/python tests/bench/bitsandbytes.py $(BENCH_DIR)
+
+# Kills real runs at random moments, and lets every call to the file system fail once. Takes about half an hour.
+soak: $(INSTALLED_FOR_TESTS)
+	$(BIN)/python tests/soak/kills.py $(BENCH_DIR)
+	$(BIN)/python tests/soak/faults.py $(BENCH_DIR)
+	$(MAKE) fuzz
 
 bench-plans: $(INSTALLED)
 	$(BIN)/python tests/bench/plans.py $(BENCH_DIR)
 
-# transformers and bitsandbytes: NF4 as fast as its library, and what it takes on disk and in memory.
+# What NF4 takes on disk and in memory, beside transformers with bitsandbytes.
 bench-nf4: $(INSTALLED_FOR_TESTS)
-	$(BIN)/python tests/bench/bitsandbytes.py $(BENCH_DIR)
 	$(BIN)/python tests/bench/loading.py $(BENCH_DIR)
 
 bench-memory: $(INSTALLED)

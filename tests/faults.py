@@ -18,6 +18,17 @@ CHANGES = frozenset({"folder", "create", "write", "sync", "rename", "remove", "r
 Calls = Callable[[str], None]
 
 
+#: Where `make soak` counts what was injected.
+NOTES = os.environ.get("MOECONV_SOAK", "")
+
+
+def noted(what: str) -> None:
+    """Count a fault."""
+    if NOTES:
+        with open(NOTES, "a", encoding="ascii") as file:
+            file.write(f"{what}\n")
+
+
 class Killed(BaseException):
     """The process is dead: nothing that it would have done later happens."""
 
@@ -117,6 +128,7 @@ class FailingFiles(CountingFiles):
     def count(self, kind: str) -> None:
         super().count(kind)
         if kind == self.kind and self.calls[kind] == self.number:
+            noted("failing calls")
             raise OSError(self.code, os.strerror(self.code))
 
 
@@ -132,6 +144,8 @@ class DyingFiles(CountingFiles):
         super().count(kind)
         if kind in self.kinds:
             self.left -= 1
+        if self.left == 0:
+            noted("deaths")
         if self.left <= 0:
             raise Killed
 
@@ -186,6 +200,7 @@ class PowerLossFiles(DyingFiles):
         self.names = [name for name in self.names if name.path.parent != path]
 
     def lose(self) -> None:
+        noted("power losses")
         for path, lost in self.unsynced.items():
             if not path.exists():
                 continue
