@@ -377,6 +377,17 @@ def _schemes(groups: _Groups, module: str) -> list[Mapping[str, Any]]:
     return [weights for _, weights in sorted(named, key=lambda item: item[0])]
 
 
+def is_readable(config: Mapping[str, Any]) -> bool:
+    """Whether matrices are quantized in a way that is known here, as far as config.json tells."""
+    return str(quantization_config(config).get("quant_method", "")).lower() in _METHODS
+
+
+def arguments_of(quantization: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """What compressed-tensors says of the weights of a module; empty where it says nothing."""
+    schemes = _schemes(_groups(quantization), module)
+    return schemes[0] if schemes else {}
+
+
 def weight_bits(config: Mapping[str, Any]) -> set[int]:
     """The numbers of bits that config.json gives for weights of compressed-tensors."""
     return {

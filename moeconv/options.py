@@ -119,6 +119,28 @@ ConsumeOption = Annotated[
 ]
 YesOption = Annotated[bool, typer.Option("--yes", help="Yes, --consume-source may delete the weights of SRC.")]
 
+AgainstOption = Annotated[Path | None, typer.Option("--against", help="The folder it was made from.", metavar="SRC")]
+CompareOption = Annotated[
+    str | None,
+    typer.Option(
+        "--compare",
+        help="How to compare with SRC. Default: bytes where they can be made again here, values of another tool's.",
+        metavar="bytes|values",
+    ),
+]
+StructureOption = Annotated[
+    bool, typer.Option("--structure", help="Read headers, config.json and moeconv.json alone, and no numbers.")
+]
+SampleOption = Annotated[
+    str | None,
+    typer.Option(
+        "--sample",
+        help="Look at so many matrices, or this share of them, spread over layers and experts.",
+        metavar="N|P%",
+    ),
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Which matrices --sample takes; 0 by default.")]
+
 
 FormatOption = Annotated[
     str | None,
@@ -255,3 +277,16 @@ def parse_dtype(name: str | None) -> str | None:
     if name is not None and name not in CONFIG_DTYPES:
         raise UsageError(f"--dtype {name!r} is no dtype of full precision", f"Known: {', '.join(CONFIG_DTYPES)}.")
     return CONFIG_DTYPES[name] if name is not None else None
+
+
+def parse_comparison(text: str | None, against: Path | None) -> str | None:
+    """How to compare, as typed.
+
+    Raises:
+        UsageError: an unknown word, or nothing to compare with.
+    """
+    if text is not None and text not in ("bytes", "values"):
+        raise UsageError(f"--compare {text!r} is no way to compare", "Known: bytes, values.")
+    if text is not None and against is None:
+        raise UsageError("--compare without --against", "Name the folder that DST was made from, or leave it out.")
+    return text

@@ -182,6 +182,10 @@ class Transcoder:
                 raise _not_finite(matrix, first, last)
             yield float(found)
 
+    def stored(self, matrix: Matrix, first: int, last: int) -> list[Tensor]:
+        """Rows of a matrix as they are stored: one tensor, or all parts of a quantized one; valid until the next."""
+        return self._read(matrix, first, last)
+
     def finish(self, sink: Sink) -> None:
         """Wait for all that is under way."""
         while self._under_way:
@@ -288,6 +292,21 @@ def _not_finite(matrix: Matrix, first: int, last: int) -> CheckpointError:
         f"{matrix.name} holds NaN or infinite values in rows {first} to {last - 1}",
         "Repair the checkpoint, or count them as zero with --allow-nonfinite.",
     )
+
+
+def parts_in(matrix: Matrix, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What was read of a quantized matrix, by suffix."""
+    assert isinstance(matrix.source, Decode)
+    return _parts(matrix.source, inputs)
+
+
+def floats_of(matrix: Matrix, inputs: Sequence[Tensor]) -> Tensor:
+    """What was read of a matrix, decoded, as float32; it may be the very memory that was read into.
+
+    Raises:
+        FormatError: stored values contradict each other.
+    """
+    return _tile(matrix._replace(dtype="F32"), inputs, allow_nonfinite=False)
 
 
 def _memory(tensor: Tensor) -> memoryview:

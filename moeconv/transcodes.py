@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from math import lcm, prod
 
 from moeconv.checkpoint import Encoded, Inside, StoredTensor
-from moeconv.formats import GroupFp4, StoredPart
-from moeconv.moves import Move, as_rows, copy_of, is_woven
+from moeconv.formats import Decoder, GroupFp4, StoredPart
+from moeconv.moves import Fill, Move, Route, as_rows, copy_of, is_woven
 from moeconv.shards import Places
 from moeconv.steps import (
     Content,
@@ -24,8 +24,8 @@ from moeconv.steps import (
     steps_of,
     whole_rows,
 )
-from moeconv.tensors import DTYPE_BITS, Shape, Spec
-from moeconv.values import Value, matrix_shape, parts_of
+from moeconv.tensors import DTYPE_BITS, Axis, Shape, Spec, View
+from moeconv.values import Fate, Value, matrix_shape, parts_of
 
 #: Places for steps that are looked at and not run.
 ANYWHERE: Places = defaultdict(lambda: (0, 0))
@@ -100,6 +100,28 @@ def _runs(value: Value, stored: Encoded, places: Places) -> Iterator[Step]:
             yield Copy(tensor.file, tensor.offset, file, offset, spec.nbytes)
         elif fill.at == 0:
             yield Content(file, offset, made.constant(part, fill.target.shape, value.fate.dtype))
+
+
+def stored_matrix(fill: Fill) -> Matrix:
+    """What a fill is made from, to be read or decoded as it is; a vector is a matrix of one row."""
+    if len(fill.block) == 1:
+        moves = [move._replace(route=_as_row(move.route)) for move in fill.moves]
+        fill = fill._replace(block=(1, *fill.block), moves=tuple(moves))
+    stored = fill.moves[0].source.encoded
+    return _matrix(Value(fill, Fate(None, stored and stored.format, "", "F32", "", (None,), 0, False, False), ()))
+
+
+def _as_row(route: Route) -> Route:
+    views = [
+        View((1, *v.block), (1, *v.shape), (Axis(0, 0, 1), *(axis._replace(of=axis.of + 1) for axis in v.axes)))
+        for v in (route.source, route.target)
+    ]
+    return Route.between(*views)
+
+
+def rows_between_blocks(made: Decoder | None, columns: int) -> int:
+    """Rows of a matrix of so many columns at multiples of which it can be cut."""
+    return 1 if made is None else lcm(made.row_multiple, whole_rows(made, columns))
 
 
 def whole_scale(stored: Encoded, shape: Shape) -> tuple[Spec, int, int] | None:

@@ -1,95 +1,275 @@
-"""Whether a finished folder is what it should be: its structure, and every byte against its source."""
+"""Whether a finished folder is what it should be: its structure, its values, and all of it against its source."""
 
 from __future__ import annotations
 
-import threading
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moeconv.checkpoint import Checkpoint, open_checkpoint
-from moeconv.device import CpuDevice
-from moeconv.encoded import decoded_view
-from moeconv.errors import CheckpointError, Problem
-from moeconv.files import Files, OpenFiles, Rows
+from moeconv.claims import is_tied
+from moeconv.comparison import compare
+from moeconv.device import find_devices
+from moeconv.diagnosis import Diagnosis
+from moeconv.errors import CheckpointError, MoeconvError, Problem
+from moeconv.files import Files
 from moeconv.forms import with_forms
 from moeconv.layouts import find_units
+from moeconv.likeness import Likeness, Likenesses
+from moeconv.looking import Look, looking_memory
 from moeconv.manifest import kept_blocks
-from moeconv.names import collapse
+from moeconv.matching import Held, Pair, as_stored, goals, held, is_number, is_readable, pairs_of, seen, stored_names
+from moeconv.moves import Fill, copy_of
 from moeconv.plan import Options, Plan
 from moeconv.quantize import plan_dequantize, plan_quantize
 from moeconv.recipe import Recipe
 from moeconv.recipe_file import load_shipped
 from moeconv.relayout import plan_layout
+from moeconv.report import Report, Summary
+from moeconv.sample import Sample, chosen
 from moeconv.scheme import scheme_of
 from moeconv.selection import select_recipe
-from moeconv.worker import Worker
+from moeconv.soundness import Soundness
+from moeconv.structure import Structure, check_structure
 
-_COMPARE_BYTES = 256 << 10
+#: Matrices that are looked at once more to say what differing bytes hold.
+_MOST_EXPLAINED = 512
 
 
-class Report(NamedTuple):
-    """Result of a verification.
+class Request(NamedTuple):
+    """What to verify.
 
     Attributes:
-        tensors: tensors looked at.
-        compared_nbytes: bytes compared with the source; 0 without `--against`.
-        problems: what is off; empty for a good folder.
+        against: the folder it was made from; None to look at it alone.
+        recipe: recipe by name or path; None for the one it was made with, or the one of its model_type.
+        layout: layout of the source, where shapes do not tell.
+        by: `bytes` or `values`; None for bytes where they can be made again here.
+        device: as `--device` has it, for what is encoded again.
+        jobs: threads.
+        max_memory: bytes of host memory.
+        sample: how much to look at.
+        structure_only: nothing but headers and config.
     """
 
-    tensors: int
-    compared_nbytes: int
-    problems: tuple[Problem, ...]
-
-    def json(self) -> dict[str, Any]:
-        return {
-            "schema_version": 1,
-            "ok": not self.problems,
-            "tensors": self.tensors,
-            "compared_bytes": self.compared_nbytes,
-            "problems": [{"message": problem.message, "remedy": problem.remedy} for problem in self.problems],
-        }
+    against: Path | None = None
+    recipe: str | None = None
+    layout: str | None = None
+    by: str | None = None
+    device: str = "auto"
+    jobs: int | None = None
+    max_memory: int | None = None
+    sample: Sample | None = None
+    structure_only: bool = False
 
 
-def verify_folder(
-    made: Checkpoint, against: Path | None = None, recipe: str | None = None, layout: str | None = None,
-    jobs: int | None = None, files: Files | None = None,
-) -> Report:  # fmt: skip
+def verify_folder(made: Checkpoint, request: Request, files: Files | None = None) -> Report:
     """Verify a folder, alone or against its source.
 
     Args:
         made: the folder.
-        against: the folder it was made from.
-        recipe: recipe by name or path; None for the one it was made with, or the one of its model_type.
-        layout: layout of the source, where shapes do not tell.
-        jobs: threads.
+        request: what to do.
         files: door to the file system.
 
     Raises:
         MoeconvError: the source cannot be read or planned.
     """
-    scheme = made.manifest.get("scheme")
-    chosen = select_recipe(made, recipe)
-    problems = check_structure(made, chosen)
-    if against is None or problems:
-        return Report(len(made.tensors), 0, tuple(problems))
-    source = open_checkpoint(against, files)
-    include = _included(made, {item.path for item in source.left_out})
-    if include:
-        source = open_checkpoint(against, files, include)
-    said = made.manifest.get("source_layout")
-    options = Options(
-        layout=layout or (said if isinstance(said, str) else None), jobs=jobs, include=include,
-        stay=kept_blocks(made.manifest, str(made.manifest.get("layout"))),
-    )  # fmt: skip
-    if not made.manifest and recipe is None:
-        chosen = select_recipe(source, None, layout)
-    if isinstance(scheme, dict):
-        return compare(_plan_again(source, chosen, scheme, options), made, files)
-    return compare(plan_layout(source, chosen, _layout_of(made, chosen), options), made, files)
+    files = files or Files()
+    recipe = select_recipe(made, request.recipe)
+    structure = check_structure(made, recipe, files, digests=not request.structure_only and request.sample is None)
+    notes = [
+        *structure.notes,
+        *(f"{r.engine} does not read it: {r.why}" for r in structure.readings if r.reads == "no"),
+    ]
+    report = Report(len(made.tensors), structure.problems, structure.readings, tuple(notes))
+    if request.structure_only or not structure.is_known:
+        return report
+    try:
+        if request.against is not None:
+            report = _Against(made, recipe, structure, request, request.against, files).run(report)
+        return _look_at_values(made, structure, request, files, report)
+    except MoeconvError as error:
+        if not structure.problems:
+            raise
+        return report._replace(problems=(*report.problems, *error.problems))  # what was found before is the reason
+
+
+def _look_at_values(
+    made: Checkpoint, structure: Structure, request: Request, files: Files, report: Report
+) -> Report:  # fmt: skip
+    """Whether values can be those of a model; with a source those that are not held against its own."""
+    against = request.against is not None
+    soundness = Soundness(made, structure.view, structure.experts, files, against_source=against)
+    items = soundness.items(request.sample)
+    looks = [Look.at(copy_of(tensor)) for tensor in soundness.kinds()]
+    options = Options(jobs=request.jobs, max_memory=request.max_memory)
+    soundness.run(items, looking_memory(looks, 2 * len(made.tensors), options))
+    problems = soundness.problems()
+    report = report._replace(problems=(*report.problems, *problems))
+    return report if against else report._replace(looked_nbytes=soundness.nbytes, of_nbytes=soundness.of_nbytes)
+
+
+class _Against:
+    """A folder and the source that it was made from."""
+
+    def __init__(
+        self, made: Checkpoint, recipe: Recipe, structure: Structure, request: Request, against: Path, files: Files
+    ) -> None:
+        self.made = made
+        self.recipe = recipe
+        self.structure = structure
+        self.request = request
+        self.files = files
+        source = open_checkpoint(against, files)
+        include = _included(made, {item.path for item in source.left_out})
+        self.source = open_checkpoint(against, files, include) if include else source
+        said = made.manifest.get("source_layout")
+        self.layout = request.layout or (said if isinstance(said, str) else None)
+        scheme = made.manifest.get("scheme")
+        self.scheme = scheme if isinstance(scheme, dict) else None
+        self.options = Options(
+            layout=self.layout, jobs=request.jobs, max_memory=request.max_memory, include=include,
+            stay=kept_blocks(made.manifest, str(made.manifest.get("layout"))),
+        )  # fmt: skip
+
+    def run(self, report: Report) -> Report:
+        by, devices, note = self._way()
+        report = report._replace(by=by, notes=(*report.notes, *([note] if note else [])))
+        return self._by_values(report) if by == "values" else self._by_bytes(report, devices)
+
+    def _way(self) -> tuple[str, tuple[str, ...], str]:
+        """How to compare, on which devices, and why not byte for byte."""
+        request, made = self.request, self.made
+        if request.by == "values":
+            return "values", ("cpu",), ""
+        if self.scheme is not None:
+            told = made.manifest.get("devices")
+            names = [str(name) for name in told] if isinstance(told, list) and told else ["cpu"]
+            kind = names[0].partition(":")[0]
+            is_auto = request.device == "auto"
+            devices = ("cpu",) if is_auto and kind == "cpu" else find_devices(request.device)
+            if kind == devices[0].partition(":")[0]:
+                return "bytes", devices, ""
+            note = f"compared by value: it was encoded on {kind}, which rounds in its own way, and {devices[0]} is here"
+            return ("bytes", devices, "") if request.by == "bytes" else ("values", ("cpu",), note)
+        if made.manifest or request.by == "bytes":
+            return "bytes", ("cpu",), ""
+        ours, theirs = self.structure.formats, self._formats_of_source()
+        if ours == theirs:
+            return "bytes", ("cpu",), ""
+        made_of = [", ".join(names) or "full precision" for names in (ours, theirs)]
+        note = f"compared by value: another tool made it, {made_of[0]} of {made_of[1]}"
+        return "values", ("cpu",), note
+
+    def _formats_of_source(self) -> tuple[str, ...]:
+        problems: list[Problem] = []
+        view = seen(self.source, select_recipe(self.source, self.request.recipe, self.layout), problems, self.layout)
+        if problems:
+            raise CheckpointError.of(problems)
+        return tuple(sorted({tensor.encoded.format.name for tensor in view.tensors.values() if tensor.encoded}))
+
+    def _by_bytes(self, report: Report, devices: tuple[str, ...]) -> Report:
+        recipe, made = self.recipe, self.made
+        options = self.options._replace(devices=devices)
+        if not made.manifest and self.request.recipe is None:
+            recipe = select_recipe(self.source, None, self.layout)
+        if self.scheme is not None:
+            wanted = _plan_again(self.source, recipe, self.scheme, options)
+        else:
+            wanted = plan_layout(self.source, recipe, _layout_of(made, recipe), options)
+        found = compare(wanted, made, self.files, self.request.sample)
+        problems = list(found.problems)
+        if found.differing:
+            problems += self._explained(found.differing)
+        return report._replace(
+            compared_nbytes=found.nbytes, looked_nbytes=found.nbytes, of_nbytes=found.of_nbytes,
+            problems=(*report.problems, *problems),
+        )  # fmt: skip
+
+    def _explained(self, differing: Iterable[str]) -> list[Problem]:
+        """What tensors hold whose bytes are not the source's, where that can be said."""
+        problems: list[Problem] = []
+        try:
+            source, pairs = self._pairs(problems)
+        except CheckpointError:
+            return []  # it is known that they differ; that no more can be said is no fault of the folder
+        names = set(differing)
+        concerned = [pair for pair in pairs if stored_names(pair.made) & names][:_MOST_EXPLAINED]
+        _, found = self._compared(source, concerned)
+        return found
+
+    def _by_values(self, report: Report) -> Report:
+        problems: list[Problem] = []
+        source, pairs = self._pairs(problems)
+        taken = chosen(self.request.sample, [(f"{pair.name}.{pair.key[1]}", pair) for pair in pairs])
+        likenesses, found = self._compared(source, taken)
+        return report._replace(
+            compared_nbytes=likenesses.nbytes, looked_nbytes=likenesses.nbytes, matrices=len(taken),
+            of_matrices=len(pairs), formats=tuple(_summaries(likenesses.found)),
+            problems=(*report.problems, *problems, *found), of_nbytes=self.made.nbytes,
+        )  # fmt: skip
+
+    def _pairs(self, problems: list[Problem]) -> tuple[Held, list[Pair]]:
+        """Matrices of both, in the first layout in which all can be decoded one by one."""
+        recipe = select_recipe(self.source, self.request.recipe, self.layout)
+        wrong: list[Problem] = []
+        view = seen(self.source, recipe, wrong, self.layout)
+        for goal in goals(recipe) if not wrong else ():
+            wrong = []
+            source = held(view, recipe, goal, wrong, self.layout)
+            made = held(self.structure.view, self.recipe, goal, wrong)
+            if not wrong and all(is_readable(fill) for side in (source, made) for fill in side.fills.values()):
+                return source, pairs_of(source, made, problems, is_tied=is_tied(self.made.config))
+        source, made = as_stored(view), as_stored(self.structure.view)
+        if not wrong and source.fills.keys() == made.fills.keys():
+            return source, pairs_of(source, made, problems, is_tied=is_tied(self.made.config))
+        where = f"{self.made.root} and {self.source.root}"
+        alone = Problem(
+            f"{where} have no layout in which the matrices of both can be decoded one by one",
+            "Compare them byte for byte, or dequantize both first.",
+        )
+        raise CheckpointError.of(wrong or [alone])
+
+    def _compared(self, source: Held, pairs: Sequence[Pair]) -> tuple[Likenesses, list[Problem]]:
+        """Compare by value, and say of what is off what it is."""
+        looks = [Look.at(*pair) for pair in _kinds(pairs)]
+        names = 2 * (len(self.source.tensors) + len(self.made.tensors))
+        memory = looking_memory(looks, names, self.options)
+        likenesses = Likenesses(self.source, self.made, self.files)
+        likenesses.run(pairs, memory)
+        diagnosis = Diagnosis(likenesses, source, memory)
+        try:
+            found = diagnosis.problems([likeness for likeness in likenesses.found if not likeness.is_like])
+        finally:
+            diagnosis.close()
+        return likenesses, likenesses.problems + found
+
+
+def _kinds(pairs: Iterable[Pair]) -> list[tuple[Fill, Fill]]:
+    """One of each kind of matrix."""
+    found = {}
+    for pair in (pair for pair in pairs if is_number(pair.source) and is_number(pair.made)):
+        key = tuple(
+            (
+                fill.block,
+                move.source.spec.dtype,
+                id(move.source.encoded and move.source.encoded.format),
+                move.route.run is None,
+            )
+            for fill in (pair.source, pair.made)
+            for move in fill.moves
+        )
+        found[key] = pair.source, pair.made
+    return list(found.values())
+
+
+def _summaries(found: Sequence[Likeness]) -> list[Summary]:
+    """What each format lost."""
+    groups: dict[str, list[Likeness]] = {}
+    for likeness in found:
+        if likeness.squares:
+            groups.setdefault(likeness.format, []).append(likeness)
+    return [Summary.of(name, groups[name]) for name in sorted(groups)]
 
 
 def _plan_again(source: Checkpoint, recipe: Recipe, scheme: dict[str, Any], options: Options) -> Plan:
@@ -126,183 +306,3 @@ def _layout_of(made: Checkpoint, recipe: Recipe) -> str:
         return said
     layouts = Counter(unit.layout for unit in find_units(made, recipe).units)
     return layouts.most_common(1)[0][0] if layouts else recipe.layouts[0]
-
-
-def check_structure(folder: Checkpoint, recipe: Recipe | None) -> list[Problem]:
-    """What can be seen without the source: index, sizes, and that every expert is there as the recipe says."""
-    problems: list[Problem] = []
-    if folder.index_total_size is not None and folder.index_total_size != folder.nbytes:
-        problems.append(
-            Problem(
-                f"the index says total_size {folder.index_total_size:,}; the tensors have {folder.nbytes:,} bytes",
-                "Convert again: the index does not belong to these files.",
-            )
-        )
-    if recipe is not None:
-        quantized = isinstance(folder.manifest.get("scheme"), dict)
-        shown = decoded_view(folder, problems) if quantized else folder
-        problems += find_units(shown, recipe).faults
-    if not folder.config:
-        problems.append(
-            Problem(f"{folder.root} has no config.json", "Copy it from the source: no engine loads without.")
-        )
-    return problems
-
-
-def compare(wanted_plan: Plan, made: Checkpoint, files: Files | None = None) -> Report:
-    """Compare a folder with what a plan would write, byte for byte, by streaming both.
-
-    Args:
-        wanted_plan: the conversion of the source to the folder's layout.
-        made: the folder.
-        files: door to the file system.
-    """
-    files = files or Files()
-    wanted = {spec.name: spec for file in wanted_plan.files for spec in file.specs}
-    problems: list[Problem] = []
-    missing = [name for name in wanted if name not in made.tensors]
-    extra = [name for name in made.tensors if name not in wanted]
-    problems += [Problem(f"{line} is missing", "Convert again.") for line in collapse(missing)]
-    problems += [Problem(f"{line} does not come from the source", "Convert again.") for line in collapse(extra)]
-    for name, spec in wanted.items():
-        if name in made.tensors and made.tensors[name].spec != spec:
-            problems.append(Problem(f"{made.tensors[name].spec} should be {spec}", "Convert again."))
-    problems += _other_files(wanted_plan, made, files)
-    if problems:
-        return Report(len(wanted), 0, tuple(problems))
-    comparison = _Comparison(wanted_plan, made, files)
-    comparison.run()
-    return Report(len(wanted), sum(task.nbytes for task in wanted_plan.tasks), tuple(comparison.problems()))
-
-
-def _other_files(wanted: Plan, made: Checkpoint, files: Files) -> Iterator[Problem]:
-    """Files that are carried over as they are, or written by the plan, and are missing or differ."""
-    source = wanted.source
-    found = {file.path: file.nbytes for file in made.sidecars}
-    for path, content in wanted.contents.items():
-        if found.get(path) != len(content) or files.read_bytes(made.root / path, len(content)) != content:
-            yield Problem(f"{made.root / path} is not the one of this conversion", "Convert again.")
-    for file in wanted.copied_files:
-        theirs, ours = source.root / file.path, made.root / file.path
-        if file.path not in found:
-            yield Problem(f"{ours} is missing", f"Copy {theirs} there, or convert again.")
-        elif found[file.path] != file.nbytes or not _are_equal(files, ours, theirs, file.nbytes):
-            yield Problem(f"{ours} differs from {theirs}", f"Copy {theirs} there, or convert again.")
-
-
-def _are_equal(files: Files, ours: Path, theirs: Path, nbytes: int) -> bool:
-    """Two files of the same size, compared in pieces: sidecars may be large."""
-    opened = [files.open_read(path) for path in (ours, theirs)]
-    try:
-        buffers = [bytearray(min(nbytes, _COMPARE_BYTES)) for _ in opened]
-        for at in range(0, nbytes, _COMPARE_BYTES):
-            size = min(_COMPARE_BYTES, nbytes - at)
-            for file, buffer in zip(opened, buffers, strict=True):
-                file.read_into(memoryview(buffer)[:size], at)
-            if buffers[0] != buffers[1]:
-                return False
-    finally:
-        for file in opened:
-            file.close()
-    return True
-
-
-class _Comparison:
-    """Runs a plan's steps and holds their bytes against a folder's, which may be sharded in another way."""
-
-    def __init__(self, plan: Plan, made: Checkpoint, files: Files) -> None:
-        self.plan = plan
-        self.made = made
-        self.files = files
-        self.lock = threading.Lock()
-        self.differing: dict[str, tuple[int, int]] = {}
-        self.places = [_Places(plan, number) for number in range(len(plan.files))]
-
-    def run(self) -> None:
-        sources = [self.plan.source.root / file.path for file in self.plan.source.files]
-        paths = [self.made.root / file.path for file in self.made.files]
-        tasks = iter(self.plan.tasks)
-
-        def work() -> None:
-            worker, targets = Worker(self.files, sources, self.plan.memory, CpuDevice()), OpenFiles(self.files, paths)
-            buffer = memoryview(bytearray(_COMPARE_BYTES))
-
-            def check(file: int, offset: int, content: memoryview, rows: Rows | None) -> None:
-                if rows is None:
-                    self._check(targets, buffer, file, offset, content)
-                    return
-                for number in range(rows.count):
-                    row = content[number * rows.pitch : number * rows.pitch + rows.nbytes]
-                    self._check(targets, buffer, file, offset + number * rows.stride, row)
-
-            try:
-                while True:
-                    with self.lock:
-                        task = next(tasks, None)
-                    if task is None:
-                        return
-                    for step in task.steps:
-                        worker.run(step, check)
-                    worker.finish(check)
-            finally:
-                worker.close()
-                targets.close()
-
-        with ThreadPoolExecutor(self.plan.memory.jobs) as pool:
-            for future in [pool.submit(work) for _ in range(self.plan.memory.jobs)]:
-                future.result()
-
-    def _check(self, targets: OpenFiles, buffer: memoryview, file: int, offset: int, content: memoryview) -> None:
-        for name, at, first, last in self.places[file].split(offset, len(content)):
-            tensor = self.made.tensors[name]
-            for begin in range(first, last, len(buffer)):
-                size = min(len(buffer), last - begin)
-                targets[tensor.file].read_into(buffer[:size], tensor.offset + at + begin - first)
-                if bytes(buffer[:size]) != bytes(content[begin : begin + size]):  # memoryviews compare item by item
-                    self._note(name, at + begin - first, buffer[:size], content[begin : begin + size])
-
-    def _note(self, name: str, at: int, found: memoryview, wanted: memoryview) -> None:
-        first = next(index for index, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b)
-        with self.lock:
-            before, count = self.differing.get(name, (1 << 62, 0))
-            self.differing[name] = (min(before, at + first), count + 1)
-
-    def problems(self) -> list[Problem]:
-        return [
-            Problem(
-                f"{self.made.tensors[name].spec} differs from the source from byte {first:,} on "
-                f"({count} of its pieces of {_COMPARE_BYTES >> 10} KiB or less)",
-                "Convert again; if it happens twice, check memory and disk.",
-            )
-            for name, (first, count) in sorted(self.differing.items())
-        ]
-
-
-class _Places:
-    """Which tensor of a planned file a byte belongs to."""
-
-    def __init__(self, plan: Plan, number: int) -> None:
-        file = plan.files[number]
-        self.starts: list[int] = []
-        self.names: list[str] = []
-        at = len(file.head)
-        for spec in file.specs:
-            if spec.nbytes:
-                self.starts.append(at)
-                self.names.append(spec.name)
-            at += spec.nbytes
-        self.end = at
-
-    def split(self, offset: int, nbytes: int) -> list[tuple[str, int, int, int]]:
-        """Tensor, offset in it, first and last (excluded) byte of a written run, for each tensor it touches."""
-        result = []
-        index = bisect_right(self.starts, offset) - 1
-        done = 0
-        while done < nbytes:
-            start = self.starts[index]
-            stop = self.starts[index + 1] if index + 1 < len(self.starts) else self.end
-            size = min(nbytes - done, stop - offset - done)
-            result.append((self.names[index], offset + done - start, done, done + size))
-            done += size
-            index += 1
-        return result

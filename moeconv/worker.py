@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from moeconv.files import Files, OpenFiles, Rows
 from moeconv.losses import Loss
-from moeconv.steps import Copy, Piece, Rearrange, Step, Transcode, Zeros
+from moeconv.steps import Copy, Matrix, Piece, Rearrange, Step, Transcode, Zeros
 from moeconv.tiles import Overlap, Ranges, overlap, rows_of, tiles_of
 from moeconv.transcoder import Sink, Transcoder
 
 if TYPE_CHECKING:
     import numpy
+    from torch import Tensor
 
     from moeconv.device import Device
     from moeconv.plan import Memory
@@ -62,11 +63,18 @@ class Worker:
         elif isinstance(step, Rearrange):
             self._rearrange(step, sink)
         elif isinstance(step, Transcode):
-            if self._transcoder is None:  # its lane belongs to the thread that asks for it
-                self._transcoder = Transcoder(self._device.lane(), self._sources, self._fill_tile, self._memory)
-            self._transcoder.run(step, sink)
+            self._own_transcoder().run(step, sink)
         else:
             sink(step.target_file, step.target_offset, memoryview(step.content), None)
+
+    def read(self, matrix: Matrix, first: int, last: int) -> list[Tensor]:
+        """Rows of a matrix as they are stored, where no steps are run; valid until the next call."""
+        return self._own_transcoder().stored(matrix, first, last)
+
+    def _own_transcoder(self) -> Transcoder:
+        if self._transcoder is None:  # its lane belongs to the thread that asks for it
+            self._transcoder = Transcoder(self._device.lane(), self._sources, self._fill_tile, self._memory)
+        return self._transcoder
 
     def finish(self, sink: Sink) -> None:
         """Wait for all steps that were begun."""

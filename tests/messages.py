@@ -15,10 +15,13 @@ from typing import NamedTuple
 
 PACKAGE = Path(__file__).parent.parent / "moeconv"
 #: Calls that take a part of a message where no rule here follows it, with the argument that has it.
-DETOURS = {"self._refused.setdefault": 0}  # why a matrix cannot have a format: `choices` sorts matrices by it
+DETOURS = {
+    "self._refused.setdefault": 0,
+    "self._whole.note": 0,
+}  # why a matrix cannot have a format: `choices` sorts matrices by it
 #: Functions of other types than `... | str` whose texts become a part of a message: returned, yielded, or the first in
 #: a tuple.
-TELLERS: frozenset[str] = frozenset()
+TELLERS = frozenset({"_of_blocks", "_candidates", "faults"})
 REASON, WARNING = "reason", "warning"
 _HOLE = re.compile(r"<[^<>]*>")
 _WARNINGS = re.compile(r"(^|_)(warnings|notes)$")

@@ -15,6 +15,12 @@ CATALOGUE = PACKAGE / "ERRORS.md"
 PASSED_ON = {
     ("moeconv/checkpoint.py", "<>: <>"): "HeaderError, of config.json, the index or moeconv.json",
     ("moeconv/choices.py", "<>: <>"): "a format's `refusal` or `expert_refusal`",
+    ("moeconv/diagnosis.py", "<> <>"): "`_candidates`: what a matrix holds instead",
+    ("moeconv/likeness.py", "<>: <>"): "FormatError",
+    ("moeconv/soundness.py", "<> <>"): "`faults` of what was counted",
+    ("moeconv/soundness.py", "<>"): "FormatError, with the names of the matrices in front",
+    ("moeconv/soundness.py", "<>: <>"): "FormatError",
+    ("moeconv/structure.py", "<>"): "`_of_blocks`",
     ("moeconv/encoded.py", "<>: <>"): "`_format_of` and `_column_format`",
     ("moeconv/header.py", "<>"): "never shown: `_usual_header` catches the one, `read_json` words the other",
     ("moeconv/header.py", "<>: <>"): "HeaderError, of a weight file",
