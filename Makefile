@@ -8,10 +8,12 @@ INSTALLED = $(VENV)/.installed
 INSTALLED_FOR_TESTS = $(VENV)/.installed-for-tests
 VLLM_VENV ?= .venv-vllm
 LLMCOMPRESSOR_VENV ?= .venv-llmcompressor
+FUZZ_VENV ?= .venv-fuzz
+FUZZ_SECONDS ?= 60
 BENCH_DIR ?= build/bench
 
 .PHONY: demo install test check lint type fmt test-vllm test-loss loss bench bench-memory bench-plans bench-llmcompressor bench-nf4 golden
-.PHONY: clean soak
+.PHONY: clean soak fuzz
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -97,5 +99,14 @@ $(LLMCOMPRESSOR_VENV)/.installed: tests/requirements-llmcompressor.txt
 	$(LLMCOMPRESSOR_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
 	touch $@
 
+# Each target for FUZZ_SECONDS; corpus and findings stay in build/fuzz. atheris has wheels for some versions of Python only.
+fuzz: $(FUZZ_VENV)/.installed
+	$(FUZZ_VENV)/bin/python -m tests.fuzz.run $(FUZZ_SECONDS)
+
+$(FUZZ_VENV)/.installed: pyproject.toml tests/constraints.txt
+	$(PYTHON) -m venv $(FUZZ_VENV)
+	$(FUZZ_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint tests/constraints.txt --editable '.[fuzz]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(LLMCOMPRESSOR_VENV) build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(LLMCOMPRESSOR_VENV) $(FUZZ_VENV) build .pytest_cache .mypy_cache .ruff_cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -391,8 +392,9 @@ def _read_header(opening: _Opening, entry: FileStat, number: int) -> tuple[Weigh
         file.close()
     data_start = 8 + length
     metadata, placed = parse_header(bytes(text), entry.nbytes - data_start)
-    digest = hashlib.sha256(head + text).hexdigest()
-    weight = WeightFile(entry.path, entry.nbytes, entry.mtime_ns, digest, metadata)
+    digest = hashlib.sha256(head)
+    digest.update(text)
+    weight = WeightFile(entry.path, entry.nbytes, entry.mtime_ns, digest.hexdigest(), metadata)
     fields = ((spec, number, data_start + offset, None, None) for spec, offset in placed)
     return weight, {tensor.spec.name: tensor for tensor in map(_new_tensor, fields)}
 
@@ -406,9 +408,9 @@ def _check_index(
     include: tuple[str, ...],
 ) -> None:
     root = opening.root
-    missing = sorted({file for file in weight_map.values() if file not in found})
-    for file in missing:
-        count = sum(1 for other in weight_map.values() if other == file)
+    placed = Counter(weight_map.values())
+    for file in sorted(file for file in placed if file not in found):
+        count = placed[file]
         opening.problems.append(
             Problem(f"{root / file} is missing; the index places {count:,} tensors there", f"Download {file} again.")
         )

@@ -112,30 +112,33 @@ def recipes_list(as_json: JsonOption = False) -> None:
 @recipes_app.command("show", cls=Command)
 def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME", help="Recipe name or file.")]) -> None:
     """Print a recipe's file."""
+    from moeconv.errors import escaped
     from moeconv.recipe_file import recipe_text
 
-    print(recipe_text(name)[0], end="")
+    print("\n".join(map(escaped, recipe_text(name)[0].split("\n"))), end="")
 
 
 @recipes_app.command("new", cls=Command)
 def recipes_new(source: Source) -> None:
     """Propose a recipe for an unknown checkpoint from its headers; DECIDE stands where they do not tell."""
     from moeconv.checkpoint import open_checkpoint
+    from moeconv.errors import escaped
     from moeconv.propose import propose
 
-    print(propose(open_checkpoint(source)), end="")
+    print("\n".join(map(escaped, propose(open_checkpoint(source)).split("\n"))), end="")
 
 
 @recipes_app.command("check", cls=Command)
 def recipes_check(file: Annotated[str, typer.Argument(metavar="FILE", help="Recipe file or name.")]) -> None:
     """Check a recipe file: words, shapes, and that its layouts agree with each other."""
+    from moeconv.errors import shown
     from moeconv.forms import check_forms
     from moeconv.recipe_file import load_recipe
 
     recipe = load_recipe(file)
     check_forms(recipe)
     parts = ", ".join(part for component in recipe.components for part in component.parts)
-    print(f"{file}: layouts {', '.join(recipe.layouts)}; parts {parts}")
+    print(shown(f"{file}: layouts {', '.join(recipe.layouts)}; parts {parts}"))
 
 
 def _print_version(value: bool) -> None:

@@ -115,10 +115,11 @@ def execute_shown(made: Plan, destination: Path, how: RunOptions, pool: Pool | N
 
 def run(made: Plan, destination: Path, how: RunOptions, pool: Pool | None = None) -> None:
     """Run a plan and say what was done."""
+    from moeconv.errors import shown
     from moeconv.explain import count, size
 
     for warning in made.warnings:
-        print(f"moeconv: warning: {warning}", file=sys.stderr)
+        print(f"moeconv: warning: {shown(warning)}", file=sys.stderr)
     outcome = execute_shown(made, destination, how, pool)
     if how.as_json:
         print_json(
@@ -160,7 +161,10 @@ def show_or_run(made: Plan, destination: Path, how: RunOptions, pool: Pool | Non
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """Print JSON for programs."""
+    """Print JSON for programs; what a terminal would not show as it is stands there as JSON escapes it."""
     import json
 
-    print(json.dumps(content, indent=2, ensure_ascii=False))
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    if not text.replace("\n", "").isprintable():
+        text = "".join([c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text])
+    print(text)

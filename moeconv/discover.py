@@ -203,17 +203,22 @@ def _evidence(stack: Stack, reading: Reading, shapes: Mapping[str, Shape], keys:
 def _merged(stacks: Sequence[Stack]) -> list[Stack]:
     """Stacks of the same names, such as those of main layers and of layers that predict further tokens, as one."""
     made: list[Stack] = []
+    joined: list[dict[str, Block]] = []
+    numbers: dict[tuple[str, str, frozenset[str], str], int] = {}
     for stack in sorted(stacks, key=lambda stack: len(stack.stem)):
-        for number, other in enumerate(made):
-            same = (other.stored, other.ids, {*other.matrices}) == (stack.stored, stack.ids, {*stack.matrices})
-            if same and f".{stack.stem}".endswith(f".{other.stem}"):
-                more = stack.stem[: len(stack.stem) - len(other.stem)]
-                blocks = {f"{block}.{more}".rstrip("."): held for block, held in stack.blocks.items()}
-                made[number] = other._replace(blocks={**other.blocks, **blocks})
-                break
-        else:
+        kind = stack.stored, stack.ids, frozenset(stack.matrices)
+        words = stack.stem.split(".")
+        ends = [(*kind, ".".join(words[at:])) for at in range(len(words))]
+        shorter = [numbers[end] for end in ends if end in numbers]
+        if not shorter:
+            numbers[ends[0]] = len(made)
             made.append(stack)
-    return made
+            joined.append(dict(stack.blocks))
+            continue
+        number = min(shorter)
+        more = stack.stem[: len(stack.stem) - len(made[number].stem)]
+        joined[number] |= {f"{block}.{more}".rstrip("."): held for block, held in stack.blocks.items()}
+    return [stack._replace(blocks=blocks) for stack, blocks in zip(made, joined, strict=True)]
 
 
 # What each matrix may be

@@ -6,7 +6,6 @@ names and shapes of the model, and the bytes are decoded when they are read.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from math import prod
@@ -32,6 +31,7 @@ from moeconv.formats import (
     TensorFp8,
 )  # fmt: skip
 from moeconv.states import stated_view
+from moeconv.targets import is_target
 from moeconv.tensors import Shape, Spec
 
 #: Files beside config.json that say how the matrices are quantized.
@@ -57,8 +57,9 @@ def model_dtype(config: Mapping[str, Any]) -> str:
     """The dtype that config.json names for the model; BF16 where it names none."""
     for holder in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         for key in ("dtype", "torch_dtype"):
-            if holder.get(key) in CONFIG_DTYPES:
-                return CONFIG_DTYPES[str(holder[key])]
+            short = CONFIG_DTYPES.get(str(holder.get(key)))
+            if short is not None:
+                return short
     return "BF16"
 
 
@@ -373,7 +374,10 @@ def _schemes(groups: _Groups, module: str) -> list[Mapping[str, Any]]:
     """Arguments for weights, those first whose targets name the module."""
     if len(groups) < 2:
         return [weights for _, weights in groups]
-    named = [(not any(_is_target(target, module) for target in targets), weights) for targets, weights in groups]
+    named = [
+        (not any(isinstance(target, str) and is_target(target, module) for target in targets), weights)
+        for targets, weights in groups
+    ]
     return [weights for _, weights in sorted(named, key=lambda item: item[0])]
 
 
@@ -393,17 +397,6 @@ def weight_bits(config: Mapping[str, Any]) -> set[int]:
     return {
         bits for _, weights in _groups(quantization_config(config)) if isinstance(bits := weights.get("num_bits"), int)
     }
-
-
-def _is_target(target: object, module: str) -> bool:
-    if not isinstance(target, str):
-        return False
-    if not target.startswith("re:"):
-        return target in (module, "Linear")
-    try:
-        return re.match(target[3:], module) is not None
-    except re.error:
-        return False
 
 
 def is_symmetric(config: Mapping[str, Any]) -> bool:

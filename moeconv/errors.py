@@ -17,8 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
+from unicodedata import category
 
 SHOWN_PROBLEMS = 20
+#: A longer message loses its middle: names in it come from files, and files may hold anything.
+SHOWN_CHARS = 10_000
 
 
 class Problem(NamedTuple):
@@ -28,7 +31,25 @@ class Problem(NamedTuple):
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.message}\n  -> {self.remedy}"
+        return f"{shown(self.message)}\n  -> {shown(self.remedy)}"
+
+
+def shown(text: str) -> str:
+    """One line for a terminal, not longer than a person reads, `escaped`."""
+    if len(text) > SHOWN_CHARS:
+        half = SHOWN_CHARS // 2
+        text = f"{text[:half]} ... {len(text) - 2 * half:,} characters left out ... {text[-half:]}"
+    return escaped(text)
+
+
+def escaped(text: str) -> str:
+    """One line for a terminal: what it would not show as it is, ends of lines too, stands there as an escape.
+
+    Names come from files that anybody may have made, and could clear a screen, or forge a line of ours.
+    """
+    if text.isprintable():
+        return text
+    return "".join([c if c.isprintable() or category(c) == "Zs" else repr(c)[1:-1] for c in text])
 
 
 class MoeconvError(Exception):
@@ -52,11 +73,11 @@ class MoeconvError(Exception):
         return error
 
     def __str__(self) -> str:
-        shown = [str(problem) for problem in self.problems[:SHOWN_PROBLEMS]]
+        lines = [str(problem) for problem in self.problems[:SHOWN_PROBLEMS]]
         if len(self.problems) > 1:
-            rest = len(self.problems) - len(shown)
-            shown.append(f"{len(self.problems)} problems" + (f", {rest} of them not shown." if rest else "."))
-        return "\n".join(shown)
+            rest = len(self.problems) - len(lines)
+            lines.append(f"{len(self.problems):,} problems" + (f", {rest:,} of them not shown." if rest else "."))
+        return "\n".join(lines)
 
 
 class UsageError(MoeconvError):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from moeconv.checkpoint import StoredTensor
 from moeconv.engines import model_type_of
+from moeconv.errors import shown
 from moeconv.files import Files
 from moeconv.moves import Change
 from moeconv.names import collapse
@@ -312,7 +313,7 @@ def plan_text(plan: Plan, disk: Disk) -> str:
         f"  {'engines' if not i else '':<10} {r.engine}: {r.reads} ({r.why})" for i, r in enumerate(plan.readings)
     ]
     lines += [f"  warning    {warning}" for warning in (*plan.warnings, *disk_warnings(disk))]
-    return "\n".join(lines)
+    return "\n".join(map(shown, lines))
 
 
 def _some(names: Sequence[str], head: str, most: int = 6) -> list[str]:

@@ -185,9 +185,9 @@ class Files:
     """Local files. Tests derive from this class to make single calls fail."""
 
     def open_read(self, path: Path) -> ReadFile:
-        """Open a regular file for reading; links are followed."""
+        """Open a regular file for reading; links are followed, and a pipe that took its place is not waited for."""
         try:
-            fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | getattr(os, "O_CLOEXEC", 0))
         except OSError as error:
             _fail_reading(error, path)
         return ReadFile(path, fd)
@@ -292,6 +292,11 @@ class Files:
     def is_link(self, path: Path) -> bool:
         return os.path.islink(path)
 
+    def is_elsewhere(self, path: Path) -> bool:
+        """Whether what is written there may be seen under another name: a link, or a file with several names."""
+        found = os.lstat(path)
+        return stat.S_ISLNK(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink > 1)
+
     def is_folder(self, path: Path) -> bool:
         return os.path.isdir(path)
 
@@ -392,9 +397,11 @@ class Files:
         return max(holding)[1] if holding else "unknown"
 
     def open_write(self, path: Path) -> WriteFile:
-        """Open an existing file for writing."""
+        """Open an existing file for writing; never through a link."""
         try:
-            return WriteFile(path, os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0)))
+            return WriteFile(
+                path, os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
+            )
         except OSError as error:
             _fail_writing(error, path)
 
@@ -467,6 +474,7 @@ def _fail_writing(error: OSError, path: Path) -> NoReturn:
         errno.EACCES: "Choose a destination that this user may write to.",
         errno.EROFS: "The file system is read-only: choose another destination.",
         errno.EEXIST: "Remove it, or choose another destination.",
+        errno.ELOOP: "moeconv does not write through symbolic links: remove it.",
         errno.EFBIG: "This file system cannot hold files of that size: lower --max-shard-size.",
         errno.ESPIPE: "This file system cannot write in the middle of a file: write to a local disk, then copy.",
         errno.EIO: "The disk or mount reports a write error: check it, then run again.",

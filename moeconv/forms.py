@@ -163,7 +163,8 @@ def _examples(source: Checkpoint, telling: tuple[str, ...]) -> list[str]:
     told = [tensor.spec for name, tensor in source.tensors.items() if name.endswith(telling)]
     kinds = [(*name.rsplit(".", 2)[1:], shape) for name, _, shape in told]
     last = dict(zip(kinds, told, strict=True))
-    first = {kind: told[kinds.index(kind)] for kind in last}
+    first = dict(zip(reversed(kinds), reversed(told), strict=True))
+    first = {kind: first[kind] for kind in last}
     return list(dict.fromkeys(spec.name for spec in (*first.values(), *last.values())))
 
 

@@ -11,6 +11,7 @@ most parsers without a word (the last one wins). What it accepts, the safetensor
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
@@ -29,6 +30,14 @@ MAX_HEADER_BYTES = 100_000_000
 DATA_ALIGNMENT = 4096
 LARGE_DATA_ALIGNMENT = 256 << 10
 LARGE_FILE_BYTES = 256 << 20
+#: No JSON of a checkpoint is nested as deeply: config.json has about five levels.
+MAX_DEPTH = 64
+#: A name of a model has at most about 150 characters.
+MAX_NAME_CHARS = 500
+_FREE_BRACKETS = 100_000
+_BYTES_A_BRACKET = 16
+_MAX_USUAL_METADATA = 1_000_000
+_MARKS = re.compile(rb'\\.|["\[\]{}]', re.DOTALL)
 _DAMAGED = "The file is damaged or no safetensors file: download or write it again."
 
 
@@ -51,6 +60,7 @@ def read_json(text: bytes, strings: Callable[[Any], int] | None = None) -> Any:
     Raises:
         HeaderError: not JSON, nested too deeply, with a repeated key, or with text that is not Unicode.
     """
+    _check_brackets(text)
     try:
         decoded = text.decode("utf-8")
         if strings is not None and "\\" not in decoded:
@@ -71,6 +81,35 @@ def read_json(text: bytes, strings: Callable[[Any], int] | None = None) -> Any:
         raise HeaderError("JSON nested too deeply") from None
     except ValueError as error:
         raise HeaderError(f"not JSON: {error}") from None
+
+
+def _check_brackets(text: bytes) -> None:
+    """Refuse JSON that ends parsers by its depth, or takes thirty times its bytes as empty lists and objects.
+
+    A tensor has three brackets and at least fifty bytes.
+
+    Raises:
+        HeaderError: such JSON.
+    """
+    if text.count(b"{") + text.count(b"[") <= MAX_DEPTH:
+        return
+    allowed = _FREE_BRACKETS + len(text) // _BYTES_A_BRACKET
+    depth = seen = 0
+    is_inside = False
+    for found in _MARKS.finditer(text):
+        mark = found[0]
+        if mark == b'"':
+            is_inside = not is_inside
+        elif is_inside or len(mark) > 1:
+            continue
+        elif mark in b"{[":
+            depth, seen = depth + 1, seen + 1
+            if depth > MAX_DEPTH:
+                raise HeaderError("JSON nested too deeply")
+            if seen > allowed:
+                raise HeaderError(f"{len(text):,} bytes of JSON hold more than {allowed:,} lists and objects")
+        else:
+            depth -= 1
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -146,7 +185,7 @@ def _usual_header(text: bytes, data_nbytes: int) -> tuple[dict[str, str], list[t
     begin = decoded.find("{", 1)
     if decoded[:begin] in ('{"__metadata__":', '{"__metadata__": '):
         try:
-            metadata, end = _UNIQUE.raw_decode(decoded, begin)
+            metadata, end = _UNIQUE.raw_decode(decoded[: begin + _MAX_USUAL_METADATA], begin)
         except (ValueError, RecursionError):
             return None
         decoded = "{" + decoded[end:].removeprefix(",").removeprefix(" ") if decoded[end : end + 1] == "," else ""
@@ -172,7 +211,9 @@ def _usual_header(text: bytes, data_nbytes: int) -> tuple[dict[str, str], list[t
         and pieces[-1] == offsets[-1].removesuffix(comma) + "}"
         and ends[-1] == data_nbytes
         and len({*names, "", "__metadata__"}) == len(names) + 2
-        and "".join(names).isprintable()
+        and (joined := "".join(names)).isprintable()
+        and "{}" not in joined
+        and max(map(len, names)) <= MAX_NAME_CHARS
     )
     if not is_sound:
         return None
@@ -224,6 +265,13 @@ def _entry(name: str, entry: Any, known: dict[tuple[str, Shape], int]) -> tuple[
         )
     if not name or not name.isprintable():
         raise HeaderError(f"the tensor name {name[:200]!r} has control characters")
+    if len(name) > MAX_NAME_CHARS or "{}" in name:
+        why = (
+            "has {} in it, which stands for numbers here"
+            if len(name) <= MAX_NAME_CHARS
+            else f"has {len(name):,} letters"
+        )
+        raise HeaderError(f"the tensor name {name[:200]!r} {why}")
     return offsets[0], offsets[1], Spec(name, *kind)
 
 

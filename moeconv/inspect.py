@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from moeconv.checkpoint import Checkpoint, StoredTensor
-from moeconv.errors import Problem
+from moeconv.errors import Problem, shown
 from moeconv.explain import count, size
 from moeconv.layouts import find_units
 from moeconv.names import collapse
@@ -106,5 +106,4 @@ def inspect_text(report: dict[str, Any]) -> str:
         f"  other      {len(report['sidecars'])} files",
     ]
     lines += [f"  left out   {item['path']} ({size(item['bytes'])}): {item['why']}" for item in report["left_out"]]
-    lines += [f"  problem    {problem}" for problem in report["problems"]]
-    return "\n".join(lines)
+    return "\n".join([*map(shown, lines), *(f"  problem    {problem}" for problem in report["problems"])])

@@ -16,7 +16,7 @@ from moeconv.checkpoint import read_manifest
 from moeconv.files import Files, WriteFile
 from moeconv.header import HeaderError
 
-MAX_JOURNAL_BYTES = 1 << 30
+MAX_JOURNAL_BYTES = 1 << 28
 
 
 class Done(NamedTuple):

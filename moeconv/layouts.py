@@ -67,15 +67,19 @@ def config_sizes(checkpoint: Checkpoint, recipe: Recipe, block: str = "") -> dic
     return allowed
 
 
+#: No tensor has a longer axis.
+_MOST = 1 << 63
+
+
 def _count(value: object) -> int | None:
     """A size as config.json may write it: 8, 8.0 or "8"; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
-    return int(number) if number > 0 and number.is_integer() else None
+    return int(number) if 0 < number < _MOST and number.is_integer() else None
 
 
 def find_units(checkpoint: Checkpoint, recipe: Recipe, forced: str | None = None) -> Found:

@@ -20,6 +20,8 @@ BLOCK = "{block}"
 #: What `is_integer` accepts, as a whole segment of a name.
 _INTEGER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
 _DIGITS = re.compile(r"([0-9]{1,18})")
+#: Names with more numbers than any model's are not folded.
+_MOST_COLUMNS = 16
 _HOLE = re.compile(r"\{expert(?::([^}]*))?\}")
 
 
@@ -214,6 +216,8 @@ def collapse_rows(groups: Mapping[str, set[tuple[int, ...]]]) -> list[str]:
 
 
 def _folded(template: str, rows: set[tuple[int, ...]]) -> list[str]:
+    if len(next(iter(rows))) > _MOST_COLUMNS:
+        return [_numbered(template, list(map(str, row))) for row in sorted(rows)]
     columns = [sorted(set(column)) for column in zip(*rows, strict=True)]
     size = 1
     for column in columns:
@@ -221,10 +225,12 @@ def _folded(template: str, rows: set[tuple[int, ...]]) -> list[str]:
     if size == len(rows):
         shown = [str(c[0]) if len(c) == 1 else "{" + ranges(c) + "}" for c in columns]
         return [_numbered(template, shown)]
+    behind: dict[int, set[tuple[int, ...]]] = {}
+    for row in sorted(rows):
+        behind.setdefault(row[0], set()).add(row[1:])
     split: dict[frozenset[tuple[int, ...]], set[int]] = {}
-    for first in columns[0]:
-        rest = frozenset(row[1:] for row in rows if row[0] == first)
-        split.setdefault(rest, set()).add(first)
+    for first, tails in behind.items():
+        split.setdefault(frozenset(tails), set()).add(first)
     lines: list[str] = []
     for rest, firsts in split.items():
         shown_first = "{" + ranges(firsts) + "}" if len(firsts) > 1 else str(next(iter(firsts)))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NoReturn
 
-from moeconv.errors import MoeconvError
+from moeconv.errors import MoeconvError, shown
 
 if TYPE_CHECKING:
     from moeconv.pool import Pool
@@ -74,7 +74,13 @@ def guarded(command: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # what nobody has worded: a full disk behind stdout, a path that no system call takes
-        print(f"moeconv: {error}\n  -> Check that path and its disk, then run again.", file=sys.stderr)
+        print(f"moeconv: {shown(str(error))}\n  -> Check that path and its disk, then run again.", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print(
+            "moeconv: the process ran out of memory\n  -> Free memory or raise its limit, then run again.",
+            file=sys.stderr,
+        )
         return 1
     except SystemExit as error:  # how typer ends: usage errors, --help, and an interrupt
         if error.code == INTERRUPTED:

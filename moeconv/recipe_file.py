@@ -12,10 +12,12 @@ from moeconv.names import Pattern, PatternError
 from moeconv.ops import Concat, Expression, Interleave, Part, ShapeError, Transpose, parts_of
 from moeconv.recipe import LAYOUTS, Component, Recipe, Rule, stored_shape
 from moeconv.tensors import Shape
-from moeconv.yamldoc import Yaml, nearest, read_yaml
+from moeconv.yamldoc import MAX_CHARS, Yaml, nearest, read_yaml
 
 _KEYS = ("about", "extends", "model_types", "config", "dims", "optional", "forms", "decoded", "keep", "layouts")
 _OPS = ("concat", "interleave", "transpose")
+#: Lines of a layout; what reads a recipe holds each line against all others.
+MAX_RULES = 200
 #: Stands in a proposed recipe wherever headers do not tell, until a person has written what it is.
 UNDECIDED = "DECIDE"
 _TABLES = ("engines", "forms", "quantize", "unsupported")
@@ -67,6 +69,9 @@ def recipe_text(name_or_path: str) -> tuple[str, Path]:
 
 def _read(path: Path) -> tuple[str, Path]:
     try:
+        nbytes = path.stat().st_size
+        if nbytes > 4 * MAX_CHARS:
+            raise RecipeError(f"{path} has {nbytes:,} bytes: it is no recipe", "Give a recipe's file.")
         return path.read_text(encoding="utf-8"), path
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}", "Give a readable UTF-8 file.") from None
@@ -174,7 +179,10 @@ class _Reader:
             self.rules.pop(layout, None)
             return
         self.aliases.pop(layout, None)
-        rules = [_rule(tensor, made_of) for tensor, made_of in value.items()]
+        lines = list(value.items())
+        if len(lines) > MAX_RULES:
+            raise key.error(f"{len(lines):,} lines are too many for a layout", "Most families have less than ten.")
+        rules = [_rule(tensor, made_of) for tensor, made_of in lines]
         said = {part for rule in rules for part in parts_of(rule.value)}
         inherited = [rule for rule in self.rules.get(layout, []) if not said & set(parts_of(rule.value))]
         self.rules[layout] = inherited + rules

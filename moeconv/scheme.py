@@ -96,7 +96,9 @@ def parse_format(name: str, options: Mapping[str, Any], where: str) -> Format:
         raise UsageError(f"{where} {name!r} is no format", nearest(known, every))
     takes = every[known][1]
     options = {
-        option: format_name(value) if isinstance(every[known][1].get(option), tuple) else value
+        option: format_name(value)
+        if isinstance(every[known][1].get(option), tuple) and isinstance(value, str)
+        else value
         for option, value in options.items()
     }
     for option, value in options.items():
@@ -220,6 +222,8 @@ def scheme_of(said: Mapping[str, Any], where: str = "rules") -> Scheme:
         UsageError: a format or option that does not exist.
         RecipeError: rules that cannot be read.
     """
+    if not _is_sensible(said):
+        raise RecipeError(f"{where}: moeconv.json says nothing sensible about formats", "Convert again.")
     rules = [FormatRule(pattern, None, "--ignore") for pattern in said["ignore"]]
     read = read_rules(said["rules"], where) if said["rules"] else None
     rules += read[0] if read else ()
@@ -231,11 +235,24 @@ def scheme_of(said: Mapping[str, Any], where: str = "rules") -> Scheme:
     )  # fmt: skip
 
 
+def _is_sensible(said: Mapping[str, Any]) -> bool:
+    """Whether everything is there and of its kind; the words themselves are checked where they are used."""
+    lists, options = [said.get("ignore"), said.get("only")], said.get("options")
+    return (
+        all(isinstance(words, Sequence) and all(isinstance(word, str) for word in words) for words in lists)
+        and isinstance(said.get("rules"), str)
+        and isinstance(options, Mapping)
+        and all(isinstance(value, str | int) for value in options.values())
+        and all(said.get(key) is None or isinstance(said[key], str) for key in ("format", "dtype"))
+        and isinstance(said.get("allow_nonfinite"), bool)
+    )
+
+
 class _Patterns:
     """Patterns asked for tens of thousands of names that fit none. Most are the end of a name, or a word of it."""
 
     def __init__(self, patterns: Sequence[str]) -> None:
-        self._patterns = patterns
+        self._patterns = patterns = [pattern for pattern in patterns if pattern]
         self._ends = tuple(pattern[1:] for pattern in patterns if _is_plain(pattern[1:]) and pattern[0] == "*")
         self._words = [p[1:-1] for p in patterns if p[0] == p[-1] == "*" and _is_plain(p[1:-1])]
         others = [p for p in patterns if p[1:] not in self._ends and p[1:-1] not in self._words]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from functools import cache
-from math import isfinite
+from math import prod
 from typing import Any
 
 from moeconv.checkpoint import Checkpoint, Encoded, StoredTensor
@@ -93,14 +93,16 @@ def _state(content: bytes, kind: str) -> tuple[Shape, str, float | None] | str:
     if not isinstance(said, dict) or said.get("quant_type") != kind or said.get("blocksize") != StoredBnb4.block:
         return f"its state is not that of {kind} with blocks of {StoredBnb4.block}: {str(said)[:200]}"
     shape, dtype, offset = said.get("shape"), _DTYPES.get(str(said.get("dtype"))), said.get("nested_offset")
-    if not isinstance(shape, list) or len(shape) < 2 or not all(type(size) is int and size > 0 for size in shape):
+    if not isinstance(shape, list) or not 2 <= len(shape) <= 32:
+        return f"its state has the shape {str(shape)[:100]}"
+    if not all(type(size) is int and 0 < size < 1 << 63 for size in shape) or prod(shape) >> 63:
         return f"its state has the shape {str(shape)[:100]}"
     if dtype is None:
         return f"its state has the dtype {str(said.get('dtype'))[:50]}"
     if offset is None:
         return tuple(shape), dtype, None
     is_usual = said.get("nested_blocksize") == 256 and said.get("nested_dtype") == "float32"
-    if not is_usual or not isinstance(offset, int | float) or not isfinite(offset):
+    if not is_usual or not isinstance(offset, int | float) or not abs(offset) < 1e38:  # float32, and no NaN
         return f"its scales are quantized in a way that is not known: {str(said)[:200]}"
     return tuple(shape), dtype, float(offset)
 

@@ -295,8 +295,12 @@ def _included(made: Checkpoint, candidates: set[str]) -> tuple[str, ...]:
     """Weight files beside the source's index that were included when the folder, or what it is made from, was made."""
     history = made.manifest.get("history")
     steps = [made.manifest, *(history if isinstance(history, list) else [])]
-    names = [name for step in steps if isinstance(step, dict) for name in step.get("include") or () if name]
+    names = [name for step in steps if isinstance(step, dict) for name in _texts(step.get("include"))]
     return tuple(dict.fromkeys(name for name in names if name in candidates))
+
+
+def _texts(value: object) -> list[str]:
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
 
 def _layout_of(made: Checkpoint, recipe: Recipe) -> str:

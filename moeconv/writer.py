@@ -224,8 +224,14 @@ class Writer:
                 f"{self.partial} is an unfinished run of another plan: {differences(past.origin, self.origin)}",
                 "Finish that one with its own command, or begin anew with --restart, which discards it.",
             )
-        is_usable = past.done and is_same and not self.restart
-        if is_usable and all(self._is_intact(target, self.partial) for target in self.plan.files):
+        is_usable = (
+            past.done
+            and is_same
+            and not self.restart
+            and all(self._is_intact(target, self.partial) for target in self.plan.files)
+            and not any(self.files.is_elsewhere(self.partial / path) for path, _ in self.files.walk(self.partial))
+        )
+        if is_usable:
             return past.done
         self._check_replaceable()
         self.close()

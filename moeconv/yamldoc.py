@@ -99,6 +99,8 @@ def read_yaml(text: str, source: str) -> Yaml:
     """
     if len(text) > MAX_CHARS:
         raise RecipeError(f"{source}: {len(text):,} characters is too long for a recipe", "Split it.")
+    if any("\ud800" <= character <= "\udfff" for character in text):  # as manifests have bytes that are no text
+        raise RecipeError(f"{source}: not UTF-8 text", "Write it again.")
     try:
         depth = 0
         for event in yaml.parse(text, Loader=_LOADER):
