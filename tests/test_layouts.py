@@ -103,7 +103,7 @@ def test_an_absurd_expert_id_costs_neither_time_nor_memory(tmp_path: Path) -> No
     assert "has 4 of 1000000000 experts; missing: 3..999999998\n" in done.stderr
 
 
-@pytest.mark.parametrize("expert", ["03", "-1", "1e1", "²", "٣", "9" * 5000])
+@pytest.mark.parametrize("expert", ["03", "-1", "1e1", "²", "٣", "9" * 400])
 def test_an_expert_id_that_is_no_plain_number_is_refused(tmp_path: Path, expert: str) -> None:
     tensors = {name.replace(".experts.3.", f".experts.{expert}."): item for name, item in experts_layout().items()}
     assert "missing: 3" in refusal(tmp_path, tensors)
