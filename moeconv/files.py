@@ -24,10 +24,7 @@ from moeconv.errors import CheckpointError, OutputError
 #: Linux moves at most this many bytes in one read or write (`man 2 write`).
 MAX_IO_BYTES = 0x7FFFF000
 _OPEN_FILES = 16
-_PROBE_BYTES = 4096
 _HASH_BYTES = 1 << 20
-#: What file systems answer that take no writes but at the end of a file.
-_NO_RANDOM_WRITES = (errno.ESPIPE, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EPERM)
 _HAS_PREADV = hasattr(os, "preadv")  # not on macOS before 11
 
 
@@ -289,6 +286,17 @@ class Files:
             file.close()
         return found.hexdigest()
 
+    def file_system(self, path: Path) -> str:
+        """The type of the file system below a path, such as `fuse.mountpoint-s3`, as far as the system tells."""
+        try:
+            lines = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return "unknown"
+        real = os.path.realpath(path)
+        mounts = [line.split(" ")[1:3] for line in lines if line.count(" ") >= 2]
+        holding = [(len(at), kind) for at, kind in mounts if real == at or real.startswith(at.rstrip("/") + "/")]
+        return max(holding)[1] if holding else "unknown"
+
     def is_link(self, path: Path) -> bool:
         return os.path.islink(path)
 
@@ -348,53 +356,6 @@ class Files:
                 if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
                     raise
         os.ftruncate(fd, nbytes)  # macOS, and file systems that cannot reserve
-
-    def check_random_writes(self, folder: Path) -> None:
-        """Refuse a folder in which files can only be written from their beginning to their end.
-
-        Raises:
-            OutputError: it is on such a file system, as mounts of object stores are, or not writable.
-        """
-        path, written = folder / ".moeconv-probe", {2 * _PROBE_BYTES: b"2" * _PROBE_BYTES, 0: b"0" * _PROBE_BYTES}
-        found = bytearray(_PROBE_BYTES)
-        is_kept = True
-        try:
-            file = self.create(path, 3 * _PROBE_BYTES)
-            try:
-                for offset, content in written.items():
-                    file.write_at(content, offset)
-            finally:
-                file.close()
-            reading = self.open_read(path)
-            try:
-                for offset, content in written.items():
-                    reading.read_into(memoryview(found), offset)
-                    is_kept = is_kept and found == content
-            finally:
-                reading.close()
-        except OutputError as error:
-            cause = error.__cause__
-            if not isinstance(cause, OSError) or cause.errno not in _NO_RANDOM_WRITES:
-                raise
-            is_kept = False
-        if not is_kept:
-            raise OutputError(
-                f"{folder} is on a file system ({self._file_system(folder)}) that cannot write in the middle of a "
-                "file, as mounts of object stores cannot",
-                "Write to a local disk, then copy the finished folder.",
-            )
-        self.remove_file(path)
-
-    def _file_system(self, path: Path) -> str:
-        """The type of the file system below a path, such as `fuse.mountpoint-s3`, as far as the system tells."""
-        try:
-            lines = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            return "unknown"
-        real = os.path.realpath(path)
-        mounts = [line.split(" ")[1:3] for line in lines if line.count(" ") >= 2]
-        holding = [(len(at), kind) for at, kind in mounts if real == at or real.startswith(at.rstrip("/") + "/")]
-        return max(holding)[1] if holding else "unknown"
 
     def open_write(self, path: Path) -> WriteFile:
         """Open an existing file for writing; never through a link."""

@@ -31,6 +31,7 @@ from moeconv.files import Files, WriteFile
 from moeconv.journal import Done, Journal
 from moeconv.origin import differences, fingerprint_of, origin_of
 from moeconv.plan import Plan, index_path
+from moeconv.random_writes import check_random_writes
 from moeconv.shards import TargetFile
 from moeconv.tasks import Task
 
@@ -186,7 +187,7 @@ class Writer:
         new = [folder for folder in self.partial.parents if not self.files.exists(folder)]
         self.files.make_folder(self.partial)
         self._journal = self._locked(self.files.create(self.partial / JOURNAL, 0))
-        self.files.check_random_writes(self.partial)
+        check_random_writes(self.partial, self.files)
         for target in self.plan.files:
             file = self.files.create(self.partial / target.path, target.nbytes, reserve=not self.consumes)
             try:

@@ -21,10 +21,10 @@ ORDER = [
     "formats", "checkpoint", "small_tensors", "states", "targets", "encoded", "config_json", "forms", "units",
     "suspects", "layouts", "moves", "unpacked", "steps", "tiles", "tasks", "engines", "scheme", "values", "choices",
     "shards", "plan", "losses", "origin", "budget", "transcodes", "joined", "fused", "quantize", "relayout", "explain",
-    "manifest", "selection", "transcoder", "worker", "journal", "pool", "destination", "consumption", "writer",
-    "executor", "sample", "looking", "claims", "matching", "structure", "soundness", "comparison", "likeness",
-    "diagnosis", "report", "verify", "inspect", "discover", "drafts", "propose", "sizing", "target", "progress",
-    "options", "process", "commands", "cli_layouts", "cli_quantize", "cli", "__main__", "transformers",
+    "manifest", "selection", "transcoder", "worker", "journal", "pool", "random_writes", "destination", "consumption",
+    "writer", "executor", "sample", "looking", "claims", "matching", "structure", "soundness", "comparison",
+    "likeness", "diagnosis", "report", "verify", "inspect", "discover", "drafts", "propose", "sizing", "target",
+    "progress", "options", "process", "commands", "cli_layouts", "cli_quantize", "cli", "__main__", "transformers",
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from moeconv.selection import select_recipe
 from moeconv.steps import Copy
 from tests.commands import refused, run, succeeds, tree
 from tests.faults import DyingFiles, FailingFiles, FullDisk, Killed, PowerLossFiles
-from tests.folders import CONFIG, Tensors, experts_layout, pack_by_hand, read_folder, tensor, write_file, write_folder
+from tests.folders import CONFIG, experts_layout, finite, pack_by_hand, read_folder, tensor, write_file, write_folder
 
 #: `make soak`: every moment, not some of them.
 SOAK = bool(os.environ.get("MOECONV_SOAK"))
@@ -102,10 +102,7 @@ def test_a_file_that_nothing_of_the_result_is_made_from_goes_too(source: Path) -
 
 def quantizable(source: Path) -> Path:
     """A source whose values are finite."""
-    tensors: Tensors = {}
-    for name, item in experts_layout(experts=4, inner=32, hidden=64).items():
-        content = bytes(b & 0x80 | 0x3C if i % 2 else b for i, b in enumerate(item.content))
-        tensors[name] = item._replace(content=content) if item.dtype == "BF16" else item
+    tensors = finite(experts_layout(experts=4, inner=32, hidden=64))
     config = {**CONFIG, "moe_intermediate_size": 32, "hidden_size": 64}
     return write_folder(source.parent / "quantizable", tensors, config, 4)
 

@@ -21,7 +21,7 @@ from moeconv.scheme import build_scheme
 from moeconv.selection import select_recipe
 from tests.commands import succeeds, tree
 from tests.faults import CountingFiles, DyingFiles, FailingFiles, Killed
-from tests.folders import CONFIG, experts_layout, pack_by_hand, read_folder, write_folder
+from tests.folders import CONFIG, experts_layout, finite, pack_by_hand, read_folder, write_folder
 
 SOAK = bool(os.environ.get("MOECONV_SOAK"))
 KINDS = ["read", "folder", "create", "write", "sync", "rename", "remove", "sync_folder"]
@@ -31,10 +31,7 @@ ERRORS = [errno.EIO, errno.ENOSPC, errno.EINTR, errno.EACCES, errno.ESTALE]
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
-    tensors = {}
-    for name, item in experts_layout(experts=4, inner=32, hidden=64).items():
-        content = bytes(b & 0x80 | 0x3C if i % 2 else b for i, b in enumerate(item.content))
-        tensors[name] = item._replace(content=content) if item.dtype == "BF16" else item
+    tensors = finite(experts_layout(experts=4, inner=32, hidden=64))
     config = {**CONFIG, "moe_intermediate_size": 32, "hidden_size": 64}
     return write_folder(folder, tensors, config, 3)
 

@@ -20,11 +20,12 @@ import pytest
 
 from moeconv.checkpoint import open_checkpoint
 from moeconv.names import collapse
+from moeconv.origin import fingerprint_of, origin_of
 from moeconv.plan import Options, plan
 from moeconv.selection import select_recipe
 from moeconv.targets import is_target
 from tests.commands import Result, refused, run, succeeds, tree
-from tests.folders import CONFIG, Tensor, experts_layout, tensor, write_file, write_folder
+from tests.folders import CONFIG, Tensor, experts_layout, finite, tensor, write_file, write_folder
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00002.safetensors"
@@ -57,7 +58,7 @@ DOORS = list(doors(Path()))
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return write_folder(tmp_path / "source", experts_layout(layers=1), CONFIG, 2)
+    return write_folder(tmp_path / "source", finite(experts_layout(layers=1)), {**CONFIG, "num_hidden_layers": 1}, 2)
 
 
 @pytest.fixture(autouse=True)
@@ -493,7 +494,7 @@ def unfinished(source: Path) -> Path:
     (source.parent / "target").rename(partial)
     checkpoint = open_checkpoint(source)
     made = plan(checkpoint, select_recipe(checkpoint), "packed", Options(max_shard_nbytes=1000))
-    lines = [{"fingerprint": made.fingerprint}, {"done": [made.tasks[0].id], "fsync": True}]
+    lines = [{"fingerprint": fingerprint_of(origin_of(made))}, {"done": [made.tasks[0].id], "fsync": True}]
     (partial / ".moeconv-journal").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return partial
 

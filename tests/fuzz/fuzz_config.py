@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -19,7 +19,7 @@ from moeconv.quantize import plan_dequantize, plan_quantize
 from moeconv.scheme import scheme_of
 from moeconv.selection import model_types, select_recipe
 from moeconv.tensors import Spec
-from moeconv.verify import verify_folder
+from moeconv.verify import Request, verify_folder
 from tests.folders import CONFIG
 from tests.fuzz.memory import ROOT, MemoryFiles, assert_worded
 
@@ -38,10 +38,18 @@ _INT4 = {
 }  # fmt: skip
 _DISK = Disk(1, 2)
 
-#: Read once: each time takes hundreds of milliseconds.
-load_shipped = cache(recipe_file.load_shipped)
-selection.load_shipped = load_shipped  # type: ignore[attr-defined]
-selection.load_recipe = cache(recipe_file.load_recipe)  # type: ignore[attr-defined]
+load_shipped, load_recipe = cache(recipe_file.load_shipped), cache(recipe_file.load_recipe)
+
+
+@contextmanager
+def _recipes_read_once() -> Iterator[None]:
+    """Each time takes hundreds of milliseconds."""
+    before = selection.load_shipped, selection.load_recipe  # type: ignore[attr-defined]
+    selection.load_shipped, selection.load_recipe = load_shipped, load_recipe  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        selection.load_shipped, selection.load_recipe = before  # type: ignore[attr-defined]
 
 
 def seeds() -> Iterator[bytes]:
@@ -87,7 +95,8 @@ def one_input(data: bytes) -> None:
             source = open_folder(data, weights)
         except CheckpointError:
             return
-        _look(source)
+        with _recipes_read_once():
+            _look(source)
 
 
 def _look(source: Checkpoint) -> None:
@@ -101,7 +110,7 @@ def _look(source: Checkpoint) -> None:
     json.loads(json.dumps(report))
     inspect_text(report)
     with suppress(MoeconvError):
-        verify_folder(source, recipe=None if is_known else "gate_up_down")
+        verify_folder(source, Request(recipe=None if is_known else "gate_up_down"))
     if recipe is None:
         return
     for make in (

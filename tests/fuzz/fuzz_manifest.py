@@ -11,11 +11,12 @@ from moeconv.checkpoint import MANIFEST, open_checkpoint
 from moeconv.errors import MoeconvError
 from moeconv.header import build_header
 from moeconv.inspect import inspect_json, inspect_text
-from moeconv.manifest import build_manifest, kept_blocks
+from moeconv.manifest import build_manifest, kept_blocks, manifest_bytes
+from moeconv.origin import origin_of
 from moeconv.plan import Options, plan
 from moeconv.selection import select_recipe
 from moeconv.tensors import Spec
-from moeconv.verify import verify_folder
+from moeconv.verify import Request, verify_folder
 from tests.folders import CONFIG
 from tests.fuzz.memory import ROOT, MemoryFiles, assert_worded
 
@@ -33,7 +34,8 @@ def _contents() -> dict[str, bytes]:
 
 def seeds() -> Iterator[bytes]:
     source = open_checkpoint(ROOT, MemoryFiles(_contents()))
-    made = json.loads(build_manifest(plan(source, select_recipe(source), "packed", Options()), ["pack"]))
+    wanted = plan(source, select_recipe(source), "packed", Options())
+    made = json.loads(manifest_bytes(build_manifest(wanted, origin_of(wanted), ["pack"]), wanted))
     made["recipe"]["text"] = "\n".join(line for line in made["recipe"]["text"].split("\n") if len(line) < 200)
     scheme: dict[str, Any] = {
         "format": "fp8_dynamic", "options": {}, "rules": "", "ignore": ["lm_head"], "only": [], "dtype": None,
@@ -56,7 +58,7 @@ def one_input(data: bytes) -> None:
         kept_blocks(made.manifest, "packed")
         recipe = select_recipe(made)
         inspect_text(inspect_json(made, recipe))
-        verify_folder(made, files=files)
-        verify_folder(made, ROOT, jobs=1, files=files)
+        verify_folder(made, Request(), files)
+        verify_folder(made, Request(ROOT, jobs=1), files)
     except MoeconvError as error:
         assert_worded(error)
