@@ -74,11 +74,13 @@ def open_source(
     return checkpoint, select_recipe(checkpoint, recipe, layout), options
 
 
-def show_plan(made: Plan, destination: Path, *, as_json: bool) -> None:
+def show_plan(made: Plan, destination: Path, *, as_json: bool, consumes: bool = False) -> None:
     """Print a plan as text or JSON, with the disk space that a destination has."""
+    from moeconv.consumption import peak_disk
     from moeconv.explain import disk_of, plan_json, plan_text
+    from moeconv.files import Files
 
-    disk = disk_of(made, destination)
+    disk = peak_disk(made, destination, Files()) if consumes else disk_of(made, destination)
     print_json(plan_json(made, disk)) if as_json else print(plan_text(made, disk))
 
 
@@ -155,7 +157,7 @@ def run(made: Plan, destination: Path, how: RunOptions, pool: Pool | None = None
 def show_or_run(made: Plan, destination: Path, how: RunOptions, pool: Pool | None = None) -> None:
     """Print a plan where that is wanted, else run it."""
     if how.dry_run:
-        show_plan(made, destination, as_json=how.as_json)
+        show_plan(made, destination, as_json=how.as_json, consumes=how.consume_source)
     else:
         run(made, destination, how, pool)
 

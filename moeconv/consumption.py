@@ -44,14 +44,16 @@ def check_consumable(source: Checkpoint, files: Files) -> None:
             )
 
 
-def peak_disk(plan: Plan, free: int, done: Iterable[str] = ()) -> Disk:
-    """What a run that deletes its source needs on a disk that holds both, beside what is there already.
+def peak_disk(plan: Plan, destination: Path, files: Files, done: Iterable[str] = ()) -> Disk:
+    """What a run that deletes its source needs on the destination's disk, beside what is there already.
 
     Args:
         plan: what is done.
-        free: bytes that are free now.
+        destination: the folder that is to exist.
+        files: door to the file system.
         done: ids of tasks that an earlier run did.
     """
+    is_shared = files.disk_number(plan.source.root) == files.disk_number(destination)
     finished = set(done)
     tasks = [task for task in plan.tasks if task.id not in finished]
     left = Counter(number for task in tasks for number in source_files(task))
@@ -62,10 +64,11 @@ def peak_disk(plan: Plan, free: int, done: Iterable[str] = ()) -> Disk:
         peak = max(peak, held)
         for number in source_files(task):
             left[number] -= 1
-            if not left[number]:
+            if not left[number] and is_shared:
                 held -= plan.source.files[number].nbytes
     # Workers are a few tasks ahead of the one whose files go next.
-    return Disk(peak + plan.memory.jobs * max((task.nbytes for task in tasks), default=0), free)
+    ahead = plan.memory.jobs * max((task.nbytes for task in tasks), default=0)
+    return Disk(peak + ahead, files.free_bytes(destination))
 
 
 class Consumption:

@@ -139,18 +139,10 @@ def _check_there(plan: Plan, tasks: Sequence[Task]) -> None:
         )
 
 
-def _check_unchanged(plan: Plan, files: Files, numbers: Iterable[int] | None = None) -> None:
-    """Refuse where a source file changed since it was planned.
-
-    Args:
-        plan: what is done.
-        files: door to the file system.
-        numbers: weight files to look at; None for no other files beside them.
-    """
-    source = plan.source
-    read: list[tuple[Path, WeightFile | FileStat]] = [
-        (source.weight_paths[number], source.files[number]) for number in numbers or ()
-    ]
+def _check_unchanged(plan: Plan, files: Files, numbers: Iterable[int]) -> None:
+    """Refuse where some weight files of the source, or any other file, changed since it was planned."""
+    source, paths = plan.source, plan.source.weight_paths
+    read: list[tuple[Path, WeightFile | FileStat]] = [(paths[number], source.files[number]) for number in numbers]
     read += [(source.root / entry.path, entry) for entry in source.sidecars]
     for path, file in read:
         now = files.stat(path)

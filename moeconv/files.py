@@ -310,9 +310,11 @@ class Files:
 
     def free_bytes(self, path: Path) -> int:
         """Bytes that an ordinary user may still write on the disk of the nearest existing parent of `path`."""
-        while not os.path.exists(path) and path != path.parent:
-            path = path.parent
-        return shutil.disk_usage(path).free
+        return shutil.disk_usage(_nearest(path)).free
+
+    def disk_number(self, path: Path) -> int:
+        """Tells disks apart: that of the nearest existing parent of `path`."""
+        return os.stat(_nearest(path)).st_dev
 
     def boot_id(self) -> str:
         """Differs after a restart of the machine; empty where the system does not tell."""
@@ -415,6 +417,12 @@ class Files:
             shutil.rmtree(path)
         except OSError as error:
             _fail_writing(error, path)
+
+
+def _nearest(path: Path) -> Path:
+    while not os.path.exists(path) and path != path.parent:
+        path = path.parent
+    return path
 
 
 def _fail_reading(error: OSError, path: Path) -> NoReturn:

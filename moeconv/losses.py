@@ -1,8 +1,8 @@
 """What encoding loses, as a run sees it: squared errors of some rows of some matrices, summed up for `moeconv.json`.
 
-To decode all that was encoded would take half as long again. So a plan names a few matrices of each kind, of which the
-worker decodes the first rows (`Transcode.sampled`): at most a sixty-fourth of what it encodes. The numbers are the same
-in every run of a plan, whatever its tiles and jobs, also where it was cut short.
+To decode all that was encoded would take half as long again. So a plan names some matrices of each kind, of which the
+worker decodes the first rows (`Transcode.sampled`): a few, then one in sixteen or less, and a sixty-fourth of what it
+encodes at most. The numbers are the same in every run of a plan, whatever its tiles and jobs, cut short or not.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from moeconv.formats import Probe
 from moeconv.plan import Plan
 from moeconv.values import Value, matrix_shape
 
-#: Of what is encoded, so much at most is decoded again; and one matrix of each kind.
-_SHARE = 1 / 64
+#: Of what is encoded, so much at most is decoded again, of one matrix in so many; and of the first few of each kind:
+#: for rows of a few thousand numbers a hundred calls to torch cost more than their work.
+_SHARE, _DISTANCE, _FIRST = 1 / 64, 16, 4
 
 
 class Loss(NamedTuple):
@@ -48,7 +49,7 @@ def read_loss(item: Any) -> Loss | None:
 
 
 def sampled_matrices(kinds: Iterable[Sequence[Value]]) -> frozenset[tuple[str, int]]:
-    """Which matrices are looked at: of each kind the first, and every n-th; by name, and place in a joint tensor."""
+    """Which matrices are looked at: of each kind the first, then every n-th; by name, and place in a joint tensor."""
     found: set[tuple[str, int]] = set()
     for kind in kinds:
         made, fill = kind[0].format, kind[0].fill
@@ -56,7 +57,9 @@ def sampled_matrices(kinds: Iterable[Sequence[Value]]) -> frozenset[tuple[str, i
             continue
         rows, columns = matrix_shape(fill)
         share = lcm(made.row_multiple, made.block // gcd(made.block, columns)) / rows
-        found.update((value.fill.target.name, value.fill.at) for value in kind[:: ceil(min(1.0, share) / _SHARE)])
+        distance = max(_DISTANCE, ceil(min(1.0, share) / _SHARE))
+        taken = [*kind[:_FIRST], *kind[distance::distance]]
+        found.update((value.fill.target.name, value.fill.at) for value in taken)
     return frozenset(found)
 
 

@@ -161,7 +161,7 @@ class Writer:
         if self.consumes:
             check_consumable(self.plan.source, self.files)
             done = {id_: task for id_, task in done.items() if task.is_checked}
-            self._check_space(peak_disk(self.plan, self.files.free_bytes(self.destination), done))
+            self._check_space(peak_disk(self.plan, self.destination, self.files, done))
         elif not done:
             self._check_space(disk_of(self.plan, self.destination, self.files))
         if self._journal is None:

@@ -74,7 +74,9 @@ def test_the_same_command_once_more_is_up_to_date(source: Path) -> None:
 
 def test_a_plan_of_it_deletes_nothing(source: Path) -> None:
     before = tree(source.parent)
-    succeeds("pack", source, source.parent / "target", "--consume-source", "--dry-run")
+    shown = succeeds("pack", source, source.parent / "target", "--consume-source", "--dry-run", "--json").out
+    needed = peak_disk(make_plan(source, source.parent / "target", Options()), source.parent, Files()).needed
+    assert json.loads(shown)["disk"]["needed_bytes"] == needed
     assert tree(source.parent) == before
 
 
@@ -137,14 +139,22 @@ def test_files_that_have_other_names_are_not_deleted(source: Path, kind: str) ->
     assert "leave out --consume-source" in message.lower() or "Remove the other names" in message
 
 
+class OtherDisk(Files):
+    """The source lies on a disk of its own: deleting it frees nothing here."""
+
+    def disk_number(self, path: Path) -> int:
+        return int(path.name == "many")
+
+
 def test_a_disk_too_small_for_both_is_enough(source: Path) -> None:
     target = source.parent / "target"
     tensors = experts_layout(layers=20, inner=64, hidden=96)
     config = {**CONFIG, "num_hidden_layers": 20, "moe_intermediate_size": 64, "hidden_size": 96}
     many = write_folder(source.parent / "many", tensors, config, 20)
     wanted = make_plan(many, target, Options(jobs=1, max_shard_nbytes=200_000))
-    needed = peak_disk(wanted, 0).needed
+    needed = peak_disk(wanted, target, Files()).needed
     assert needed < wanted.output_nbytes * 0.6
+    assert peak_disk(wanted, target, OtherDisk()).needed >= wanted.output_nbytes
     with pytest.raises(OutputError, match="bytes\\) free"):
         execute(wanted, target, ["test"], files=FullDisk(needed - 1), consume_source=True)
     assert len(weights_of(many)) == 20
