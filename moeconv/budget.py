@@ -40,8 +40,6 @@ ALL_WORKERS_BYTES = 300 << 20
 PROCESS_BYTES = 24 << 20
 #: Room for each row that is read apart from the others (`worker`), and copies of a tile that rearranging needs.
 _GAP_NBYTES = 64
-#: For each element that is decoded again: what it was and what it became, in float32, and the difference's square.
-_SAMPLED_NBYTES = 12
 _REARRANGED_COPIES = 2
 
 
@@ -135,9 +133,9 @@ def _needs(transcodes: Sequence[Transcode], tile: int, on_gpu: bool) -> _Needs:
         woven = [matrix.source for matrix in matrices if isinstance(matrix.source, Woven)]
         decoders = [matrix.source.format for matrix in matrices if isinstance(matrix.source, Decode)]
         live = elements * max([8, *(format_.live_nbytes for format_ in (step.encoder, *decoders) if format_)])
-        if step.encoder is not None:  # beside a tile its first rows, in both forms: see `Transcode.sampled`
+        if step.encoder is not None:  # beside a tile its first rows, encoded and decoded: see `Transcode.sampled`
             first = min(rows, step.row_multiple) * step.matrix.shape[1]
-            live = max(live, elements * 4 + first * (step.encoder.live_nbytes + _SAMPLED_NBYTES))
+            live = max(live, elements * DTYPE_BITS[step.matrix.dtype] // 8 + first * step.encoder.live_nbytes)
         staging = max(staged_nbytes(matrix.source, 0, rows) for matrix in matrices)
         strands = [strand for source in woven for strand in source.strands]
         for strand in strands:  # decoded before what is woven of them is encoded

@@ -209,7 +209,8 @@ class _Planner:
             is_mixed = len(groups_of((made, ()) for made in of_experts if made)) > 1
             has_kept = len({made is None for made in of_experts}) > 1
             conditions = [MIXED] * is_mixed + [KEPT] * has_kept
-            readers = format_readings(self.stored.config, sorted({group.format.name for group in groups}), conditions)
+            names = sorted({group.format.known_as(any(of_experts)) for group in groups})
+            readers = format_readings(self.stored.config, names, conditions)
             if self.choices.overridden:
                 why = "not tried: rules quantize modules that are kept by default"
                 readers = tuple(r._replace(reads="unknown", why=why) if r.reads == "yes" else r for r in readers)
@@ -310,11 +311,10 @@ class _Planner:
         elif not self.problems and not any(v.format for v in values if v.fill.target.name in self.blocks):
             is_meant = self.scheme.only or self.scheme.keeps_experts
             if not is_meant and all(rule.format is not None for rule in self.scheme.rules):
-                self.problems.append(
-                    Problem("no expert would be quantized", "Say so with --ignore if that is what you want.")
-                )
+                self.problems.append(self._unquantized_experts(values))
         if not self.problems and not any(value.format for value in values):
-            self.problems.append(Problem("nothing would be quantized", "Loosen --only or --ignore."))
+            named = " For this format experts have the names that `moeconv plan pack` shows." if self.packs else ""
+            self.problems.append(Problem("nothing would be quantized", f"Loosen --only or --ignore.{named}"))
         alone = [group.format.name for group in groups if group.format.quant_method != "compressed-tensors"]
         if len(groups) > 1 and alone:
             self.problems.append(
@@ -323,6 +323,18 @@ class _Planner:
                     "Take formats of compressed-tensors, such as fp8_dynamic, which can be mixed.",
                 )
             )
+
+    def _unquantized_experts(self, values: Sequence[Value]) -> Problem:
+        """Why no expert gets a format, where none is told to stay."""
+        modules = (module_of(v.fill.target) for v in values if v.fill.target.name in self.blocks)
+        wanted = (self.decider.decide(module, is_expert=True).format for module in modules)
+        if any(made and made.is_packed for made in wanted):
+            return Problem(
+                f"recipe {self.recipe.name} packs experts below each other in one matrix, not as a stack of them, "
+                "which is all that 4 bits of bitsandbytes have a form for",
+                "Take --experts per-expert or keep, or a format that is written one by one.",
+            )
+        return Problem("no expert would be quantized", "Say so with --ignore if that is what you want.")
 
     def _shared(self, values: Sequence[Value]) -> dict[str, tuple[Value, ...]]:
         """For each matrix that shares a scale, all that share it: those that engines fuse with it, in one order."""

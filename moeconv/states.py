@@ -1,15 +1,16 @@
 """4-bit tensors of bitsandbytes, whose state lies beside them as JSON: shape, block size, offset.
 
 That state, and the values that codes stand for, are read when a run is planned: a few hundred bytes for a tensor.
+`read_state` says what a state must be, to the command line and to `moeconv.transformers` alike.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from moeconv.checkpoint import Checkpoint, Encoded, StoredTensor
 from moeconv.errors import Problem
@@ -19,9 +20,27 @@ from moeconv.small_tensors import SmallTensors
 from moeconv.tensors import Shape, Spec
 
 _STATE = ".quant_state.bitsandbytes__"
+#: What follows the name of a 4-bit tensor in that of its state.
+STATE_SUFFIXES = tuple(_STATE + kind for kind in CODEBOOKS)
 _WORDS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 _MAX_STATE_BYTES = 4096
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+class State(NamedTuple):
+    """What the state of a 4-bit tensor says.
+
+    Attributes:
+        shape: of what is decoded.
+        dtype: of what was encoded.
+        decoder: with the offset of scales that are quantized themselves.
+        names: of its tensors, by the suffixes of the decoder's parts.
+    """
+
+    shape: Shape
+    dtype: str
+    decoder: StoredBnb4
+    names: dict[str, str]
 
 
 def stated_view(source: Checkpoint, problems: list[Problem], dtype: str | None = None) -> Checkpoint:
@@ -32,56 +51,70 @@ def stated_view(source: Checkpoint, problems: list[Problem], dtype: str | None =
         problems: receives tensors that cannot be read.
         dtype: dtype of the decoded tensors; None for the one that their state names.
     """
-    marks = {name: kind for kind in CODEBOOKS for name in source.tensors if name.endswith(_STATE + kind)}
-    if not marks:
+    stated = stated_names(source.tensors)
+    if not stated:
         return source
     tensors = dict(source.tensors)
+    specs = {name: tensor.spec for name, tensor in source.tensors.items()}
     with SmallTensors(source) as contents:
-        for mark, kind in marks.items():
-            base = mark.removesuffix(_STATE + kind)
-            found = _stated(base, mark, kind, source.tensors, contents, dtype)
+        for base in stated:
+            found = read_state(base, specs, lambda name: contents.read(source.tensors[name]))
             if isinstance(found, str):
                 problems.append(Problem(f"{base}: {found}", "Start from the checkpoint in full precision."))
             else:
-                tensors[base] = found
-            for word in (*_WORDS, _STATE + kind):
+                parts = {suffix: source.tensors[name] for suffix, name in found.names.items()}
+                codes, spec = parts["weight"], Spec(base, dtype or found.dtype, found.shape)
+                tensors[base] = StoredTensor(spec, codes.file, codes.offset, Encoded(found.decoder, parts))
+            for word in (*_WORDS, *STATE_SUFFIXES):
                 tensors.pop(base + word, None)
     return source._replace(tensors=tensors)
 
 
+def stated_names(names: Iterable[str]) -> list[str]:
+    """Names of tensors beside which there is a state."""
+    marks = (name for name in names if is_stated(name))
+    return list(dict.fromkeys(name[: name.rindex(_STATE)] for name in marks))
+
+
 def is_stated(name: str) -> bool:
     """The name of a state."""
-    return name.endswith(tuple(_STATE + kind for kind in CODEBOOKS))
+    return name.endswith(STATE_SUFFIXES)
 
 
-def _stated(
-    base: str, mark: str, kind: str, tensors: Mapping[str, StoredTensor], contents: SmallTensors, dtype: str | None
-) -> StoredTensor | str:
-    """A 4-bit tensor, or why it cannot be read."""
-    if tensors[mark].spec.dtype != "U8" or tensors[mark].spec.nbytes > _MAX_STATE_BYTES:
-        return f"{tensors[mark].spec} is no state of bitsandbytes"
-    state = _state(contents.read(tensors[mark]), kind)
+def read_state(base: str, specs: Mapping[str, Spec], read: Callable[[str], bytes]) -> State | str:
+    """What the state of a 4-bit tensor says, if all that lies beside it agrees; or why it cannot be read.
+
+    Args:
+        base: the tensor's name.
+        specs: of all tensors.
+        read: gives all bytes of a small tensor.
+    """
+    kinds = [kind for kind in CODEBOOKS if f"{base}{_STATE}{kind}" in specs]
+    if len(kinds) > 1:
+        return f"it has two states, of {' and '.join(kinds)}"
+    (kind,) = kinds
+    mark = f"{base}{_STATE}{kind}"
+    if specs[mark].dtype != "U8" or specs[mark].nbytes > _MAX_STATE_BYTES:
+        return f"{specs[mark]} is no state of bitsandbytes"
+    state = _state(read(mark), kind)
     if isinstance(state, str):
         return state
     shape, own, offset = state
     made = _decoder(kind) if offset is None else StoredBnb4(kind, True, offset)
-    parts: dict[str, StoredTensor] = {}
+    names: dict[str, str] = {}
     for part in made.parts(shape, own):
         name = base + part.suffix.removeprefix("weight")
-        tensor = tensors.get(name)
-        if tensor is None:
+        spec = specs.get(name)
+        if spec is None:
             return f"{name} is missing"
-        if (tensor.spec.dtype, tensor.spec.shape) != (part.dtype, part.shape) and name != mark:
-            return f"{tensor.spec} should be {part.dtype} {list(part.shape)}"
-        parts[part.suffix] = tensor
-    values = struct.unpack("<16f", contents.read(parts["weight.quant_map"]))
-    if values != CODEBOOKS[kind]:
+        if (spec.dtype, spec.shape) != (part.dtype, part.shape) and name != mark:
+            return f"{spec} should be {part.dtype} {list(part.shape)}"
+        names[part.suffix] = name
+    if struct.unpack("<16f", read(names["weight.quant_map"])) != CODEBOOKS[kind]:
         return f"its quant_map is not that of {kind}"
-    nested_map = parts.get("weight.nested_quant_map")
-    if nested_map and not _is_usual_map(contents.read(nested_map)):
-        return "its nested_quant_map is not the one of bitsandbytes"
-    codes = parts["weight"]
-    return StoredTensor(Spec(base, dtype or own, shape), codes.file, codes.offset, Encoded(made, parts))
+    if offset is not None and not _is_usual_map(read(names["weight.nested_quant_map"])):
+        return "its nested_quant_map is not that of bitsandbytes"
+    return State(shape, own, made, names)
 
 
 def _state(content: bytes, kind: str) -> tuple[Shape, str, float | None] | str:

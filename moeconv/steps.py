@@ -171,6 +171,8 @@ class Matrix(NamedTuple):
         dtype: what it is taken as, a safetensors name.
         source: the matrix as pieces of source tensors, as parts of a quantized one, or woven of such.
         source_dtype: dtype of the pieces, or in which strands are decoded.
+        expert_rows: rows of one expert, where it becomes a tensor in which experts lie one behind the other.
+        at_row: of that tensor, where the matrix begins.
     """
 
     name: str
@@ -178,6 +180,8 @@ class Matrix(NamedTuple):
     dtype: str
     source: Rearrange | Decode | Woven
     source_dtype: str
+    expert_rows: int | None = None
+    at_row: int = 0
 
 
 class Transcode(NamedTuple):

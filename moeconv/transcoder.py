@@ -174,12 +174,15 @@ class Transcoder:
 
     def _measured(self, matrix: Matrix, rows: int, step: Transcode) -> Iterator[float]:
         """What the tiles of a matrix contribute."""
+        import torch
+
         compute = _measuring(step, matrix)
         for first in range(0, matrix.shape[0], rows):
             last = min(first + rows, matrix.shape[0])
             (found,) = self._submit(matrix, first, last, compute).wait()
             if not isfinite(found):
-                raise _not_finite(matrix, first, last)
+                good = torch.isfinite(_tile(matrix, self._read(matrix, first, last), step.allow_nonfinite))
+                raise _not_finite(matrix, first, last, good)
             yield float(found)
 
     def stored(self, matrix: Matrix, first: int, last: int) -> list[Tensor]:
@@ -284,12 +287,16 @@ class Transcoder:
                 f"{matrix.name} holds finite values too large for {step.encoder.name} in rows {first} to {last - 1}",
                 "Choose a symmetric format for it, or keep it with --ignore.",
             )
-        return _not_finite(matrix, first, last)
+        return _not_finite(matrix, first, last, narrow)
 
 
-def _not_finite(matrix: Matrix, first: int, last: int) -> CheckpointError:
+def _not_finite(matrix: Matrix, first: int, last: int, good: Tensor) -> CheckpointError:
+    of_expert = ""
+    if matrix.expert_rows:
+        row = matrix.at_row + first + int((~good).any(1).int().argmax())
+        of_expert = f", row {row % matrix.expert_rows} of expert {row // matrix.expert_rows}"
     return CheckpointError(
-        f"{matrix.name} holds NaN or infinite values in rows {first} to {last - 1}",
+        f"{matrix.name} holds NaN or infinite values in rows {first} to {last - 1}{of_expert}",
         "Repair the checkpoint, or count them as zero with --allow-nonfinite.",
     )
 
@@ -378,6 +385,6 @@ def _lost(encoder: Format, rows: Tensor, peak: float) -> Tensor:
     """Squared error and squared norm, float64 [2]."""
     import torch
 
-    floats = rows.float()
+    floats = rows.float()  # of float32 the rows themselves, which must not change
     error = encoder.read_again(rows, peak).sub_(floats).square_().sum(dtype=torch.float64)
     return torch.stack((error, floats.square().sum(dtype=torch.float64)))

@@ -16,6 +16,7 @@ from moeconv.steps import (
     Decode,
     Matrix,
     Part,
+    Rearrange,
     Step,
     Strand,
     Transcode,
@@ -136,18 +137,20 @@ def whole_scale(stored: Encoded, shape: Shape) -> tuple[Spec, int, int] | None:
 def _matrix(value: Value) -> Matrix:
     """What is encoded: a matrix, or all of a stack one behind the other."""
     fill, stored, shape = value.fill, value.source, matrix_shape(value.fill)
+    whole = fill.target.shape
+    expert_rows, at_row = (whole[1], fill.at // whole[2]) if len(whole) == 3 else (None, 0)
     if is_woven(fill):
         # Decoded to float16 nothing would tell what is too large for it from what is not finite in the source.
         dtype = "F32" if value.fate.dtype == "F16" else fill.target.dtype
         woven = Woven(shape, DTYPE_BITS[dtype] // 8, tuple(map(_strand, fill.moves)))
-        return Matrix(fill.target.name, shape, value.fate.dtype, woven, dtype)
+        return Matrix(fill.target.name, shape, value.fate.dtype, woven, dtype, expert_rows, at_row)
     if stored is not None:
         (move,) = fill.moves
         at = move.source_at + (move.route.run[0] if move.route.run else 0)
-        return Matrix(fill.target.name, shape, value.fate.dtype, _decode(stored, shape, at), fill.target.dtype)
-    if len(fill.block) > 2:
-        fill = as_rows(fill)
-    return Matrix(fill.target.name, shape, value.fate.dtype, rearrangement(fill, 0, 0), fill.target.dtype)
+        source: Rearrange | Decode = _decode(stored, shape, at)
+    else:
+        source = rearrangement(as_rows(fill) if len(fill.block) > 2 else fill, 0, 0)
+    return Matrix(fill.target.name, shape, value.fate.dtype, source, fill.target.dtype, expert_rows, at_row)
 
 
 def _strand(move: Move) -> Strand:

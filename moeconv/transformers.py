@@ -20,14 +20,17 @@ Checked with transformers 5.10 and 5.23, bitsandbytes 0.50 and peft 0.21.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from copy import copy
 from typing import Any, NamedTuple
 
 from moeconv.errors import CheckpointError, Problem, UsageError
 from moeconv.formats import METHOD
+from moeconv.names import collapse
+from moeconv.states import STATE_SUFFIXES, read_state, stated_names
+from moeconv.tensors import Shape, Spec
 
 _NEEDS = "moeconv.transformers needs transformers>=5.10 and bitsandbytes>=0.50"
 _INSTALL = "pip install 'moeconv[transformers]'"
@@ -62,8 +65,6 @@ for _library, _floor in ((transformers, (5, 10)), (bitsandbytes, (0, 50))):
     if tuple(map(int, _library.__version__.split(".")[:2])) < _floor:
         raise ImportError(f"{_NEEDS}; this is {_library.__name__} {_library.__version__}.\n  -> {_INSTALL}")
 
-#: What follows the name of a packed tensor in that of its state, by which it is recognized.
-_STATES = tuple(f".quant_state.{key}" for key in QuantState.valid_qs_type_keys)
 _PARTS = (".absmax", ".quant_map")
 _NESTED_PARTS = (".nested_absmax", ".nested_quant_map")
 _AGAIN = "Download or quantize the folder again: its files do not belong together, or are damaged."
@@ -71,17 +72,19 @@ _IGNORE = "Quantize again with --ignore for that module."
 
 
 class Packed(NamedTuple):
-    """One packed parameter of a model.
+    r"""One packed parameter of a model.
 
     Attributes:
         name: in the model.
         converted: its name in the checkpoint, after the renamings of transformers.
+        target: what to make of that name: `\1`, which is what it is, or another one where renaming leads nowhere.
         shape: what it unpacks to.
         nbytes: of its codes and scales.
     """
 
     name: str
     converted: str
+    target: str
     shape: torch.Size
     nbytes: int
 
@@ -141,10 +144,11 @@ class Unpacking(Bnb4bitParametrization):
         state = self.quant_state
         if state.absmax.device != quantized_param.device:
             state.to(quantized_param.device)
-        if state.dtype != self.dtype:
+        dtype = torch.float32 if self.dtype == torch.float64 else self.dtype  # bitsandbytes has no wider one
+        if state.dtype != dtype:
             state = copy(state)
-            state.dtype = self.dtype
-        return dequantize_4bit(quantized_param, state)
+            state.dtype = dtype
+        return dequantize_4bit(quantized_param, state).to(self.dtype)
 
 
 class AttachPacked(ConversionOps):
@@ -193,6 +197,7 @@ class PackedQuantizer(HfQuantizer):
 
     Attributes:
         packed: by their names in the model.
+        converters: of them.
         suffixes: what the loader's patterns stand for: codes (nothing), or a part of their state.
     """
 
@@ -200,6 +205,7 @@ class PackedQuantizer(HfQuantizer):
     is_trainable = True  # adapters on it are
     quantization_config: PackedConfig
     packed: dict[str, Packed]
+    converters: list[WeightConverter]
     suffixes: dict[str, str]
 
     def is_serializable(self) -> bool:
@@ -228,11 +234,7 @@ class PackedQuantizer(HfQuantizer):
         if getattr(model.config, "distributed_config", None) is not None:
             raise UsageError("packed parameters cannot be split over devices", "Load without distributed_config.")
         self.packed = {packed.name: packed for packed in _packed(model, about["checkpoint_files"] or ())}
-        # Patterns are regular expressions, and `\1` is what a group matched. With whole names, since layers whose
-        # experts are not packed have names that differ in nothing but a number.
-        names = "|".join(re.escape(packed.converted) for packed in self.packed.values())
-        parts = ("", *_PARTS, *_NESTED_PARTS, *_STATES)
-        self.suffixes = {rf"^({names}){re.escape(part)}$": part.removeprefix(".") for part in parts}
+        self.converters = list(self._converters(self.packed.values()))
         for packed in self.packed.values():
             owner, _, leaf = packed.name.rpartition(".")
             module = model.get_submodule(owner)
@@ -242,12 +244,25 @@ class PackedQuantizer(HfQuantizer):
             else:
                 setattr(module, leaf, nn.Parameter(packed.place, requires_grad=False))
 
+    def _converters(self, packed: Iterable[Packed]) -> Iterator[WeightConverter]:
+        """What puts packed tensors where they belong, and notes in `suffixes` what its patterns stand for."""
+        self.suffixes = {}
+        names: dict[str, list[str]] = {}
+        for each in packed:
+            names.setdefault(each.target, []).append(re.escape(each.converted))
+        # Patterns are regular expressions, and `\1` is what a group matched. With whole names, since layers whose
+        # experts are not packed have names that differ in nothing but a number.
+        for target, found in names.items():
+            parts = ("", *_PARTS, *_NESTED_PARTS, *STATE_SUFFIXES)
+            own = {rf"^({'|'.join(found)}){re.escape(part)}$": part.removeprefix(".") for part in parts}
+            self.suffixes |= own
+            yield WeightConverter(list(own), [target], [AttachPacked(self)])
+
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel | None = None
     ) -> list[WeightTransform]:
-        """The conversions of a model, after that of packed tensors: the first whose patterns match is taken."""
-        ours = [WeightConverter(list(self.suffixes), [r"\1"], [AttachPacked(self)])] if self.packed else []
-        return [*ours, *weight_conversions]
+        """The conversions of a model, after those of packed tensors: the first whose patterns match is taken."""
+        return [*self.converters, *weight_conversions]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """Prepare for saving, which runs conversions backwards, and for peft."""
@@ -294,79 +309,90 @@ def _packed(model: PreTrainedModel, files: Sequence[str]) -> Iterator[Packed]:
         CheckpointError: with all that is wrong. Found before anything is loaded, since the loader would take some of
             it for parameters that `ignore_mismatched_sizes` allows to make up.
     """
-    shapes, states = _read_states(files)
     conversions = get_model_conversion_mapping(model)
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     there = dict(model.named_parameters())
-    problems = list(_incomplete(shapes, states))
-    for stored, state in states.items():
+    problems: list[Problem] = []
+    unfit: dict[str, list[str]] = {}
+    for stored, state in _states(files, problems).items():
         converted, _ = rename_source_key(stored, renamings, [])
-        name, _ = rename_source_key(converted, [], [], model.base_model_prefix, there)
-        if name in there:
-            shape, unpacked = there[name].shape, torch.Size(state["shape"])
-            problems += _unfit(model, stored, name, shape, unpacked)
-            scales = -(-unpacked.numel() // state["blocksize"]) * (1 if _is_nested(state) else 4)
-            yield Packed(name, converted, shape, (shape.numel() + 1) // 2 + scales)
-        elif stored in there or rename_source_key(converted, [], converters)[1] is not None:
-            message = f"{stored} is packed, but transformers makes the parameter from other tensors, or renames it"
-            problems.append(Problem(message, "Quantize again, from the folder as its family is published."))
+        # As the loader does, which takes a name as it is where renaming leads nowhere.
+        names = [rename_source_key(each, [], [], model.base_model_prefix, there)[0] for each in (converted, stored)]
+        name = next((name for name in names if name in there), None)
+        if name is None and rename_source_key(converted, [], converters)[1] is None:
+            continue  # transformers reports it as unexpected
+        if (why := _unfit(model, name)) is not None:
+            unfit.setdefault(why, []).append(stored)
+        if name is None:
+            continue
+        if state.shape != there[name].shape:
+            message = f"{stored} was packed as {list(state.shape)}, the model has {list(there[name].shape)}"
+            problems.append(Problem(message, "Load it with the config.json that moeconv wrote beside it."))
+        yield Packed(name, converted, r"\1" if name == names[0] else name, there[name].shape, state.nbytes)
+    problems += [
+        Problem(f"{line} is packed, but {why}", f"Quantize again with --ignore '{_pattern(line)}'.")
+        for why, names in unfit.items()
+        for line in collapse(names)
+    ]
     if problems:
         raise CheckpointError.of(problems)
 
 
-def _read_states(files: Iterable[str]) -> tuple[dict[str, list[int]], dict[str, dict[str, Any]]]:
-    """Shapes of all tensors, and what states say beside tensors by the names of packed ones."""
-    shapes: dict[str, list[int]] = {}
-    states: dict[str, dict[str, Any]] = {}
-    for file in files:
-        if not file.endswith(".safetensors"):
-            raise CheckpointError(f"{file} is no safetensors file", "Load the folder as moeconv wrote it.")
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118
-                shapes[key] = opened.get_slice(key).get_shape()
-                for suffix in _STATES:
-                    if key.endswith(suffix):
-                        states[key.removesuffix(suffix)] = json.loads(bytes(opened.get_tensor(key).tolist()))
-    return shapes, states
+def _pattern(line: str) -> str:
+    """For `--ignore`: a module, in whichever layer."""
+    *_, last = re.split(r"^(?:.*\.)?(?:\d+|\{.*\})\.", line.removesuffix(".weight"))
+    return last if last == line.removesuffix(".weight") else f"*.{last}"
 
 
-def _is_nested(state: dict[str, Any]) -> bool:
-    """Scales are quantized themselves."""
-    return "nested_blocksize" in state
+class _Stated(NamedTuple):
+    shape: Shape
+    nbytes: int
 
 
-def _incomplete(shapes: dict[str, list[int]], states: dict[str, dict[str, Any]]) -> Iterator[Problem]:
-    """Packed tensors without all of their parts, or with parts of another size."""
-    for key in shapes:
+def _states(files: Iterable[str], problems: list[Problem]) -> dict[str, _Stated]:
+    """Shape and size of each packed tensor, by its name.
+
+    Args:
+        files: that hold the model.
+        problems: receives tensors whose parts are not what their state says, or are not there.
+    """
+    with ExitStack() as stack:
+        holders: dict[str, Any] = {}
+        for file in files:
+            if not file.endswith(".safetensors"):
+                raise CheckpointError(f"{file} is no safetensors file", "Load the folder as moeconv wrote it.")
+            opened = stack.enter_context(safe_open(file, framework="pt"))
+            holders |= dict.fromkeys(opened.keys(), opened)
+        slices = {name: opened.get_slice(name) for name, opened in holders.items()}
+        specs = {name: Spec(name, each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
+
+        def read(name: str) -> bytes:
+            return bytes(holders[name].get_tensor(name).view(torch.uint8).tolist())
+
+        found = {base: read_state(base, specs, read) for base in stated_names(specs)}
+    problems += [Problem(f"{base}: {state}", _AGAIN) for base, state in found.items() if isinstance(state, str)]
+    for key in specs:
         name, _, part = key.rpartition(".")
-        if f".{part}" in _PARTS and name not in states:
-            yield Problem(f"{key}: there is no quant_state for {name}", _AGAIN)
-    for name, state in states.items():
-        parts = ("", *_PARTS, *(_NESTED_PARTS if _is_nested(state) else ()))
-        missing = [part for part in parts if name + part not in shapes]
-        if missing:
-            yield Problem(f"{name} is packed, and {', '.join(name + part for part in missing)} is not there", _AGAIN)
-            continue
-        count = torch.Size(state["shape"]).numel()
-        wanted = ("", (count + 1) // 2), (".absmax", -(-count // state["blocksize"]))
-        for part, size in wanted:
-            if (held := torch.Size(shapes[name + part]).numel()) != size:
-                yield Problem(f"{name}{part} has {held:,} elements, its state speaks of {size:,}", _AGAIN)
+        if f".{part}" in _PARTS and name not in found:
+            problems.append(Problem(f"{key}: there is no quant_state for {name}", _AGAIN))
+    return {
+        base: _Stated(state.shape, sum(specs[state.names[part]].nbytes for part in ("weight", "weight.absmax")))
+        for base, state in found.items()
+        if not isinstance(state, str)
+    }
 
 
-def _unfit(
-    model: PreTrainedModel, stored: str, name: str, shape: torch.Size, unpacked: torch.Size
-) -> Iterator[Problem]:  # fmt: skip
-    """Why a parameter of a model cannot be the packed one."""
-    if unpacked != shape:
-        message = f"{stored} was packed as {list(unpacked)}, the model has {list(shape)}"
-        yield Problem(message, "Load it with the config.json that moeconv wrote beside it.")
+def _unfit(model: PreTrainedModel, name: str | None) -> str | None:
+    """Why a parameter of a model cannot be packed; None for one that the model makes from others."""
+    if name is None:
+        return "transformers makes the parameter from several tensors"
     precise = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     if not should_convert_module(name.removesuffix(".weight"), list(precise)):
-        yield Problem(f"{stored} is packed, but {type(model).__name__} needs it in full precision", _IGNORE)
+        return f"{type(model).__name__} needs it in full precision"
     if name in {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}:
-        yield Problem(f"{stored} is packed, but {type(model).__name__} has it in two places", _IGNORE)
+        return f"{type(model).__name__} has it in two places"
+    return None
 
 
 def _packed_linear(linear: nn.Linear, place: Tensor, compute: torch.dtype | None) -> Linear4bit:
@@ -377,7 +403,7 @@ def _packed_linear(linear: nn.Linear, place: Tensor, compute: torch.dtype | None
     # On CPUs with AVX512-BF16 the first forward pass would re-pack the weight, with scales rounded to BF16: it fails on
     # sizes that are no multiples of 32 and 64, and what is saved afterwards is not what was loaded.
     made.support_avx512bf16_for_cpu = False
-    made.register_forward_pre_hook(_refuse_integers)
+    made.register_forward_pre_hook(_refuse_input)
     return made
 
 
@@ -410,7 +436,11 @@ def _prepare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         unpacking.dtype = dtype or unpacking.dtype
 
 
-def _refuse_integers(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Some models cast what they give a layer to the dtype of its weight, which is that of codes."""
-    if not args[0].is_floating_point():
+def _refuse_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """What a `Linear4bit` would compute nonsense from, without a word."""
+    if not args[0].is_floating_point():  # some models cast what they give a layer to the dtype of its weight
         raise CheckpointError("the model casts the input of a packed layer to the dtype of its weight", _IGNORE)
+    if args[0].dtype == torch.float64:
+        raise UsageError(
+            "packed linear layers do not compute in float64", "Take float32, or unpack the model: model.dequantize()."
+        )

@@ -29,7 +29,8 @@ PASSED_ON = {
     ("moeconv/recipe_file.py", "<>: <>"): "ShapeError",
     ("moeconv/scheme.py", "<>: <>"): "UsageError of `parse_format`, with file and line in front",
     ("moeconv/targets.py", "<>"): "never shown: an expression with something that is not known matches nothing",
-    ("moeconv/states.py", "<>: <>"): "`_stated` and `_state`",
+    ("moeconv/states.py", "<>: <>"): "`read_state` and `_state`",
+    ("moeconv/transformers.py", "<>: <>"): "`read_state`",
     ("moeconv/yamldoc.py", "<>: <>"): "the YAML parser; the catalogue has an entry for all it may say",
 }
 #: The entry for what others say.

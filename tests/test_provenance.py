@@ -168,3 +168,25 @@ def test_repository_and_revision_of_a_download_are_told(tmp_path: Path) -> None:
     note.write_text("no revision")
     succeeds("pack", blobs, tmp_path / "z")
     assert manifest_of(tmp_path / "z")["source"]["revision"] is None
+
+
+def test_looking_at_what_is_lost_changes_nothing_of_it(model: Path, tmp_path: Path) -> None:
+    """Nor of float32 sources, whose tiles are looked at where they lie."""
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    for path in model.iterdir():
+        if path.suffix == ".safetensors":
+            save_file({name: item.float() for name, item in load_file(path).items()}, wide / path.name)
+        else:
+            (wide / path.name).write_bytes(path.read_bytes())
+    for source in (model, wide):
+        made: list[dict[str, bytes]] = []
+        for sampled in (True, False):
+            with pytest.MonkeyPatch.context() as patch:
+                if not sampled:
+                    patch.setattr("moeconv.quantize.sampled_matrices", lambda kinds: frozenset())
+                target = tmp_path / f"{source.name}-{sampled}"
+                succeeds("quantize", source, target, "--format", "fp8_block")
+            made.append({path.name: path.read_bytes() for path in target.glob("*.safetensors")})
+            assert bool(manifest_of(target)["errors"]["fp8_block"]["sampled"]) == sampled
+        assert made[0] == made[1]

@@ -16,15 +16,17 @@ from typing import Any, NamedTuple
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from safetensors.torch import save_file
 from torch.nn.utils import parametrize
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import moeconv.transformers as loader
+from moeconv.engines import entries
 from moeconv.errors import CheckpointError, UsageError
 from moeconv.formats import METHOD
 from tests import families  # keeps transformers off the network
-from tests.commands import succeeds
+from tests.commands import refused, run, succeeds
 from tests.test_quantize import config_of, folder_tensors
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +45,7 @@ FORMS = [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)]
 
 class Folder(NamedTuple):
     source: PreTrainedModel
+    source_path: Path
     path: Path
     tensors: dict[str, torch.Tensor]
 
@@ -81,7 +84,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Quantized:
         else:
             options = ("--format", kind, *options)
         succeeds("quantize", path, made, *options)
-        return Folder(model, made, folder_tensors(made))
+        return Folder(model, path, made, folder_tensors(made))
 
     return make
 
@@ -309,6 +312,16 @@ def test_experts_are_unpacked_in_the_dtype_of_their_input(quantized: Quantized, 
     assert said_of(model.state_dict(), UP) == said_of(folder.tensors, UP)
 
 
+def test_experts_are_unpacked_in_float64_and_linear_layers_refuse_it(quantized: Quantized) -> None:
+    """bitsandbytes decodes to 32 bits at most, and from 64 its linear layers compute nonsense."""
+    folder = quantized(options=("--only", "*.experts.*"))
+    model = load(folder.path, experts_implementation="eager").double()
+    assert_near(logits(model), logits(plain(folder, torch.float32)))
+    assert held(model, UP).dtype == torch.float64
+    with pytest.raises(UsageError, match="packed linear layers do not compute in float64"):
+        logits(load(quantized().path).double())
+
+
 def changed(folder: Folder, path: Path, change: Callable[[dict[str, torch.Tensor]], Any], **config: Any) -> Path:
     """A copy with other tensors, or more in its `quantization_config`."""
     tensors = dict(folder.tensors)
@@ -366,6 +379,69 @@ def test_a_model_can_be_dequantized_for_good(quantized: Quantized, tmp_path: Pat
     assert folder_tensors(tmp_path).keys() == folder_tensors(tmp_path / "source").keys()
 
 
+def test_a_model_that_computes_in_float32_is_dequantized_without_loss(quantized: Quantized) -> None:
+    folder = quantized()
+    packed, plain_model = load(folder.path, dtype=torch.float32), load(folder.path, dtype=torch.float32).dequantize()
+    for name in folder.packed:
+        assert torch.equal(plain_model.get_parameter(name), decoded(folder.tensors, name, torch.float32)), name
+    assert torch.equal(logits(packed), logits(plain_model))
+
+
+def test_a_model_can_be_saved_and_then_dequantized(quantized: Quantized, tmp_path: Path) -> None:
+    folder = quantized()
+    model = load(folder.path)
+    model.save_pretrained(tmp_path)  # which leaves the dtype in the config as a word
+    model.dequantize()
+    assert torch.equal(model.get_parameter(UP), decoded(folder.tensors, UP))
+    logits(model)
+
+
+@pytest.mark.parametrize("rule", ["format: fp8", "format: nf4, experts: per_expert", "format: int8"])
+def test_rules_that_packed_experts_cannot_follow_are_refused(quantized: Quantized, rule: str, tmp_path: Path) -> None:
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(f'quantize:\n  - {{match: "*.layers.0.*.experts.*", {rule}}}\n')
+    options = ("--recipe", rules, "--format", "nf4")
+    message = refused("quantize", quantized().source_path, tmp_path / "made", *options, within=tmp_path)
+    assert "layers.0.mlp.experts.gate_up_proj cannot be" in message
+    assert "its experts are one tensor beside those of a packed format" in message
+
+
+def test_experts_below_each_other_are_refused_for_that_reason(quantized: Quantized, tmp_path: Path) -> None:
+    source = quantized("dbrx", options=("--experts", "per-expert")).source_path
+    message = refused("quantize", source, tmp_path / "made", "--format", "nf4", within=tmp_path)
+    assert "recipe dbrx packs experts below each other in one matrix" in message
+    rules = tmp_path / "rules.yaml"
+    rules.write_text('quantize:\n  - {match: "*.self_attn.*", format: nf4}\n')
+    options = ("--recipe", rules)
+    message = refused("quantize", quantized("mixtral").source_path, tmp_path / "made", *options, within=tmp_path)
+    assert "no expert would be quantized" in message
+
+
+def test_patterns_see_packed_experts_by_their_packed_names(quantized: Quantized, tmp_path: Path) -> None:
+    folder = quantized("mixtral", options=("--ignore", "*.mlp.experts.*"))
+    assert len(folder.packed) == 8
+    assert not any(".experts." in name for name in folder.packed)
+    assert_near(logits(load(folder.path)), logits(plain(folder)))
+    folder = quantized("mixtral", options=("--ignore", "*.layers.0.*"))
+    assert sum(".experts." in name for name in folder.packed) == 2
+    assert_near(logits(load(folder.path)), logits(plain(folder)))
+    options = ("--format", "nf4", "--only", "*.block_sparse_moe.experts.*")
+    message = refused("quantize", folder.source_path, tmp_path / "made", *options, within=tmp_path)
+    assert "For this format experts have the names that `moeconv plan pack` shows" in message
+
+
+def test_a_value_that_is_not_finite_is_found_in_its_expert(quantized: Quantized, tmp_path: Path) -> None:
+    source = quantized().source_path
+    tensors = folder_tensors(source)
+    tensors["model.layers.1.mlp.experts.2.down_proj.weight"][3, 5] = float("nan")
+    (tmp_path / "source").mkdir()
+    save_file(tensors, tmp_path / "source" / "model.safetensors", {"format": "pt"})
+    shutil.copy(source / "config.json", tmp_path / "source")
+    for options in ((), ("--double-quant",)):
+        result = run("quantize", tmp_path / "source", tmp_path / "made", "--format", "nf4", "--restart", *options)
+        assert re.search(r"layers\.1\.mlp\.experts\.down_proj holds NaN .*, row 3 of expert 2\n", result.err), result
+
+
 def move(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], Any]:
     """Give one packed tensor what another has."""
 
@@ -376,13 +452,41 @@ def move(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], Any]:
     return change
 
 
+def says(name: str, **changes: Any) -> Callable[[dict[str, torch.Tensor]], Any]:
+    """Let the state of a packed tensor say something else; what is None is not said."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        said = {key: value for key, value in (said_of(tensors, name) | changes).items() if value is not None}
+        tensors[f"{name}{STATE}nf4"] = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
+
+    return change
+
+
+def becomes(word: str, made: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], Any]:
+    """Replace one part of a packed tensor."""
+    return lambda tensors: tensors.update({UP + word: made(tensors[UP + word])})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors.pop(f"{UP}.absmax"), rf"{UP} is packed, and {UP}\.absmax is not there"),
-        (lambda tensors: tensors.pop(UP), f"{UP} is packed, and {UP} is not there"),
+        (lambda tensors: tensors.pop(f"{UP}.absmax"), rf"{UP}: {UP}\.absmax is missing"),
+        (lambda tensors: tensors.pop(UP), rf"{UP}: {UP} is missing"),
         (lambda tensors: tensors.pop(f"{UP}{STATE}nf4"), f"there is no quant_state for {UP}"),
-        (lambda tensors: tensors.update({UP: tensors[UP][:-8]}), f"{UP} has 65,528 elements, its state .* 65,536"),
+        (becomes("", lambda codes: codes[:-8]), rf"{UP} U8 \[65528, 1\] should be U8 \[65536, 1\]"),
+        (becomes("", lambda codes: codes.view(torch.int8)), rf"{UP} I8 .* should be U8"),
+        (becomes(".absmax", lambda scales: scales.bfloat16()), rf"{UP}\.absmax BF16 .* should be F32"),
+        (becomes(".quant_map", lambda values: values * 2), f"{UP}: its quant_map is not that of nf4"),
+        (becomes(".quant_map", lambda values: values[:8].clone()), r"quant_map F32 \[8\] should be F32 \[16\]"),
+        (says(UP, quant_type="fp4"), f"{UP}: its state is not that of nf4 with blocks of 64"),
+        (says(UP, blocksize=0), f"{UP}: its state is not that of nf4 with blocks of 64"),
+        (says(UP, dtype="float64"), f"{UP}: its state has the dtype float64"),
+        (says(UP, shape=None), f"{UP}: its state has the shape None"),
+        (says(UP, shape="abc"), f"{UP}: its state has the shape abc"),
+        (says(UP, nested_offset=1), f"{UP}: its scales are quantized in a way that is not known"),
+        (becomes(f"{STATE}nf4", lambda _: torch.zeros(30, dtype=torch.uint8)), f"{UP}: its state is no JSON"),
+        (becomes(f"{STATE}nf4", lambda _: torch.tensor(list(b"[1, 2]"), dtype=torch.uint8)), r"blocks of 64: \[1, 2\]"),
+        (lambda t: t.update({f"{UP}{STATE}fp4": t[f"{UP}{STATE}nf4"].clone()}), f"{UP}: it has two states, of nf4 and"),
         (move("model.layers.1.mlp.experts.down_proj", UP), r"packed as \[4, 128, 128\], the model has \[4, 256, 128\]"),
     ],
 )
@@ -394,6 +498,14 @@ def test_damaged_folders_are_refused(
     with pytest.raises(CheckpointError, match=message) as error:
         load(folder, ignore_mismatched_sizes=ignore_mismatched_sizes)
     assert "\n  -> " in str(error.value)
+
+
+def test_a_damaged_table_of_scales_is_refused(quantized: Quantized, tmp_path: Path) -> None:
+    change = becomes(".nested_quant_map", lambda values: values.flip(0))
+    folder = changed(quantized(double=True), tmp_path / "damaged", change)
+    with pytest.raises(CheckpointError, match=f"{UP}: its nested_quant_map is not that of bitsandbytes"):
+        load(folder)
+    assert "its nested_quant_map is not" in refused("dequantize", folder, tmp_path / "plain", within=tmp_path)
 
 
 def test_all_problems_are_told_together(quantized: Quantized, tmp_path: Path) -> None:
@@ -414,6 +526,38 @@ def test_parameters_that_cannot_be_packed_are_refused(
     monkeypatch.setattr(type(folder.source), "_keep_in_fp32_modules_strict", ["o_proj"])
     with pytest.raises(CheckpointError, match=r"o_proj\.weight is packed, but .* needs it in full precision"):
         load(quantized().path)
+
+
+def test_a_parameter_whose_name_is_not_to_be_renamed_is_found(quantized: Quantized, tmp_path: Path) -> None:
+    """Renaming would put a second `mlp` before `experts`; then transformers takes a name as it is."""
+    folder = quantized("mistral_large4_text")
+    cls = type(folder.source)
+    model, report = cls.from_pretrained(folder.path, output_loading_info=True)
+    assert not any(report.values()), report
+    packed = model.hf_quantizer.packed
+    assert len(packed) == len(folder.packed)
+    assert any(name.endswith("experts.gate_up_proj") for name in packed)
+    for name in packed:
+        parameter = folder.source.get_parameter(name).data
+        assert torch.equal(held(model, name), bnb.dequantize_4bit(*bnb.quantize_4bit(parameter, quant_type="nf4"))), (
+            name
+        )
+    model.save_pretrained(tmp_path)
+    again = cls.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_what_is_refused_says_which_pattern_to_ignore(quantized: Quantized) -> None:
+    """Gate and up of shared experts are made one parameter while they are loaded."""
+    cls = type(quantized("minimax_m3_vl").source)
+    with pytest.raises(
+        CheckpointError, match=r"layers\.\{0\.\.1\}.*up_proj\.weight is packed, but transformers mak"
+    ) as error:
+        cls.from_pretrained(quantized("minimax_m3_vl").path)
+    options = re.findall(r"-> Quantize again with (--ignore) '(.*)'\.", str(error.value))
+    assert len(options) == 2
+    folder = quantized("minimax_m3_vl", options=tuple(word for option in options for word in option))
+    assert len(cls.from_pretrained(folder.path).hf_quantizer.packed) == len(folder.packed) > 4
 
 
 def test_a_layer_whose_input_is_cast_to_the_dtype_of_codes_is_refused(quantized: Quantized) -> None:
@@ -487,6 +631,23 @@ def test_adapters_on_attention_train_and_leave_the_rest_as_it_is(quantized: Quan
     assert not parametrize._cache
 
 
+def test_adapters_on_all_linear_layers_leave_packed_experts_out(quantized: Quantized) -> None:
+    """Packed experts are modules called `down_proj`, too, which peft must be told to pass by, as README says."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    wanted = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="ParametrizationList"):
+        get_peft_model(load(quantized("qwen2_moe").path), wanted)
+    (pattern,) = re.findall(r'exclude_modules=r"(.*?)"', (ROOT / "README.md").read_text(encoding="utf-8"))
+    wanted = LoraConfig(r=2, target_modules=targets, exclude_modules=pattern, task_type="CAUSAL_LM")
+    model: Any = get_peft_model(load(quantized("qwen2_moe").path), wanted)
+    adapted = {name.partition(".lora_A")[0] for name, _ in model.named_modules() if name.endswith("lora_A")}
+    assert any("shared_expert.down_proj" in name for name in adapted)
+    assert not any(".mlp.experts" in name for name in adapted)
+    logits(model)
+
+
 def test_adapters_on_experts_are_refused(quantized: Quantized) -> None:
     """peft 0.21 leaves its parametrization behind: what a model computes would change with every pass."""
     from peft import LoraConfig, get_peft_model
@@ -495,6 +656,73 @@ def test_adapters_on_experts_are_refused(quantized: Quantized) -> None:
     model = get_peft_model(load(quantized().path), wanted)
     with pytest.raises(UsageError, match="have a parametrization besides"):
         logits(model)
+
+
+def readings_of(*formats: str) -> dict[str, list[str]]:
+    """What the table of engines says of transformers, by whether it reads these formats."""
+    said: dict[str, list[str]] = {}
+    for entry in entries():
+        if entry.engine == "transformers" and entry.formats >= set(formats):
+            said.setdefault(entry.reads, []).extend(entry.model_types or ["any other"])
+    return {reads: sorted(found) for reads, found in said.items()}
+
+
+def test_the_table_of_engines_has_the_families_that_are_tested_here() -> None:
+    assert readings_of("nf4", "fp4") == {"yes": sorted(FAMILIES), "no": ["diffusion_gemma", "minimax_m3_vl"]}
+    assert readings_of("int8", "bnb_nf4", "bnb_fp4") == {"yes": sorted(FAMILIES[:-1]), "no": sorted(BY_OTHER_NAMES)}
+    assert readings_of("bnb_nf4_experts", "bnb_fp4_experts") == {"yes": ["llama4_text"], "no": ["any other"]}
+
+
+BY_OTHER_NAMES = ["axk2", "deepseek_v4", "diffusion_gemma", "hy_v4", "llama4_text"]
+OWN_FORMS = {
+    "int8": ("int8", "--experts", "keep"),
+    "bnb_nf4": ("nf4", "--experts", "per-expert", "--ignore", "*.experts.*"),
+}
+
+
+def codes_of(parameter: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind == "int8":
+        return bnb.int8_vectorwise_quant(parameter.half())[0]
+    return bnb.quantize_4bit(parameter.contiguous(), quant_type="nf4")[0]
+
+
+@pytest.mark.parametrize("family", sorted({*BY_OTHER_NAMES, "gpt_oss", "olmoe"} - {"diffusion_gemma"}))  # takes long
+@pytest.mark.parametrize("kind", OWN_FORMS)
+def test_transformers_reads_linear_layers_of_bitsandbytes_as_the_table_says(
+    quantized: Quantized, family: str, kind: str
+) -> None:
+    name, *options = OWN_FORMS[kind]
+    folder = quantized(family, name, options=tuple(options))
+    model, report = type(folder.source).from_pretrained(folder.path, output_loading_info=True, dtype=torch.bfloat16)
+    is_complete = not any(report.values())
+    linear = [item for item in model.modules() if isinstance(item, (Linear4bit, Linear8bitLt))]
+    is_whole = all(not item.weight.is_floating_point() for item in linear)
+    found = dict(model.named_parameters())
+    for key, parameter in folder.source.named_parameters() if is_complete and is_whole else ():
+        wanted = parameter.data if found[key].is_floating_point() else codes_of(parameter.data, kind)
+        assert torch.equal(found[key].data.float(), wanted.float()), key
+    reads = "yes" if is_complete and is_whole else "no"
+    assert family in readings_of("int8", "bnb_nf4", "bnb_fp4")[reads]
+    if reads == "yes":
+        logits(model)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "llama4_text"])
+def test_plans_say_who_reads_experts_one_by_one(quantized: Quantized, family: str) -> None:
+    folder = quantized(family, options=("--experts", "per-expert"))
+    try:
+        model = load(folder.path)
+    except (RuntimeError, AssertionError):
+        reads = "no"
+    else:
+        reads = "yes"
+        packed = {name for name in folder.packed if ".experts." in name}
+        assert packed
+        assert all(torch.equal(model.get_parameter(name).data, folder.tensors[name]) for name in packed)
+    options = ("--format", "nf4", "--experts", "per-expert", "--json")
+    plan = json.loads(succeeds("plan", "quantize", folder.source_path, *options).out)
+    assert plan["engines"][0]["reads"] == reads
+    assert any("transformers" in line for line in plan["warnings"]) == (reads == "no")
 
 
 LARGE = {

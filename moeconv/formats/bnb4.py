@@ -236,6 +236,11 @@ class Bnb4(StoredBnb4, Format):
     def checked(self, encoded: Sequence[Tensor]) -> Tensor:
         return encoded[2 if self.nested else 1]
 
+    def known_as(self, has_experts: bool) -> str:
+        if self.is_packed:
+            return self.name
+        return f"bnb_{self.name}_experts" if has_experts else f"bnb_{self.name}"
+
     def settings(self) -> dict[str, Any]:
         # Not for experts that are packed: by `load_in_4bit` transformers takes its own quantizer.
         plain = {} if self.is_packed else {"load_in_4bit": True, "load_in_8bit": False}

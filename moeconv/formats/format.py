@@ -102,6 +102,10 @@ class Format(Decoder):
     experts_kept: bool = False
     layout_recipe: str = ""
 
+    def known_as(self, has_experts: bool) -> str:
+        """What the table of engines calls it, by whether experts have it too."""
+        return self.name
+
     def refusal(self, shape: Shape, dtype: str) -> str | None:
         """Why a matrix cannot have this format, or None."""
         if len(shape) != 2 or 0 in shape:
