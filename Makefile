@@ -30,7 +30,7 @@ $(INSTALLED_FOR_TESTS): $(INSTALLED)
 	touch $@
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: lint type
 

@@ -28,7 +28,7 @@ from moeconv.selection import select_recipe
 from moeconv.steps import Rearrange
 from moeconv.tasks import Task
 from moeconv.tiles import rows_of, tiles_of
-from moeconv.verify import verify_folder
+from moeconv.verify import Request, verify_folder
 from moeconv.worker import Worker
 from tests.folders import read_folder, write_folder
 from tests.strategies import Case, cases, views
@@ -59,7 +59,7 @@ def convert(source: Path, layout: str, **options: object) -> Path:
 def test_every_way_there_and_back_gives_every_byte_back(case: Case, layout: str, first: int, second: int) -> None:
     with folder_of(case) as source:
         there = convert(source, layout, max_shard_nbytes=first)
-        assert not verify_folder(open_checkpoint(there), source).problems
+        assert not verify_folder(open_checkpoint(there), Request(source)).problems
         back = convert(there, "experts", max_shard_nbytes=second)
         assert read_folder(back) == case.tensors
         again = convert(back, layout, max_shard_nbytes=first)
