@@ -2,7 +2,7 @@
 
 A weight file goes when every task that reads it is done: its bytes durable in `DST.partial`, read again from the disk
 and found to be what the source makes. Tasks then run in the order of the plan and space is taken as it is needed, so
-that the run needs what `peak_nbytes` says, and no more.
+that the run needs what `peak_disk` says, and no more.
 
 A run that dies has to be planned again, from headers that are deleted by then. So before a file goes, a stand-in with
 its name, size and time takes its place in `DST.partial/.moeconv-consumed`: a sparse file of its header and of tensors
@@ -17,12 +17,17 @@ from pathlib import Path
 
 from moeconv.checkpoint import CONSUMED, Checkpoint
 from moeconv.errors import CheckpointError, OutputError
-from moeconv.explain import Disk
+from moeconv.explain import Disk, stored_specs
 from moeconv.files import Files
 from moeconv.header import HeaderError, header_length, header_problem, parse_header
 from moeconv.plan import Plan
 from moeconv.small_tensors import MAX_PLANNED_BYTES
 from moeconv.tasks import Task, source_files
+
+#: Tasks are begun until as much as this is written and not journalled: files go that much later than they could.
+LAG_BYTES = 224 << 20
+#: What a stand-in has for each tensor in its header, and file systems have for a file, about.
+_NAME_BYTES, _FILE_BYTES = 256, 4096
 
 
 def check_consumable(source: Checkpoint, files: Files) -> None:
@@ -57,8 +62,10 @@ def peak_disk(plan: Plan, destination: Path, files: Files, done: Iterable[str] =
     finished = set(done)
     tasks = [task for task in plan.tasks if task.id not in finished]
     left = Counter(number for task in tasks for number in source_files(task))
-    extra = max(0, plan.output_nbytes - sum(task.nbytes for task in plan.tasks))  # headers and other files
-    held = peak = extra
+    # Headers and other files, and what stands in for files that are gone.
+    small = [spec.nbytes for spec in stored_specs(plan.source.tensors.values()) if spec.nbytes <= MAX_PLANNED_BYTES]
+    extra = max(0, plan.output_nbytes - sum(task.nbytes for task in plan.tasks))
+    held = peak = extra + sum(small) + _NAME_BYTES * len(plan.source.tensors) + _FILE_BYTES * len(plan.source.files)
     for task in tasks:
         held += task.nbytes
         peak = max(peak, held)
@@ -66,8 +73,8 @@ def peak_disk(plan: Plan, destination: Path, files: Files, done: Iterable[str] =
             left[number] -= 1
             if not left[number] and is_shared:
                 held -= plan.source.files[number].nbytes
-    # Workers are a few tasks ahead of the one whose files go next.
-    ahead = plan.memory.jobs * max((task.nbytes for task in tasks), default=0)
+    ahead = min(LAG_BYTES, sum(task.nbytes for task in tasks))
+    ahead += plan.memory.jobs * max((task.nbytes for task in tasks), default=0)
     return Disk(peak + ahead, files.free_bytes(destination))
 
 

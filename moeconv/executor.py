@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moeconv.checkpoint import WeightFile
-from moeconv.consumption import Consumption
+from moeconv.consumption import LAG_BYTES, Consumption
 from moeconv.device import Device, make_device
 from moeconv.errors import CheckpointError, OutputError
 from moeconv.files import Files, FileStat
@@ -292,8 +292,11 @@ class _Run:
             return task
 
     def _is_behind(self) -> bool:
-        """Too much would be lost if the process died now."""
-        if sum(nbytes for _, nbytes in self.begun.values()) < AT_RISK_BYTES:
+        """Too much would be lost if the process died now, or is kept that could be deleted."""
+        at_risk = sum(nbytes for _, nbytes in self.begun.values())
+        if self.consumption and at_risk >= LAG_BYTES:
+            return True
+        if at_risk < AT_RISK_BYTES:
             return False
         return time.monotonic() - min(began for began, _ in self.begun.values()) > JOURNAL_SECONDS
 

@@ -247,10 +247,10 @@ def plan_json(plan: Plan, disk: Disk) -> dict[str, Any]:
 
 def _bytes_in(plan: Plan) -> int:
     """Bytes of all tensors of the source as they are stored."""
-    return total_nbytes(_specs(plan.source.tensors.values()))
+    return total_nbytes(stored_specs(plan.source.tensors.values()))
 
 
-def _specs(tensors: Iterable[StoredTensor]) -> list[Spec]:
+def stored_specs(tensors: Iterable[StoredTensor]) -> list[Spec]:
     """Of all that is stored of tensors, or of matrices that are quantized."""
     return [
         part.spec for tensor in tensors for part in (tensor.encoded.parts.values() if tensor.encoded else (tensor,))

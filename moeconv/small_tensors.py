@@ -8,7 +8,7 @@ from moeconv.files import Files, OpenFiles
 from moeconv.tensors import Spec
 
 #: Planning reads of tensors of so many bytes at most: they outlive a source that is deleted (`consumption`).
-MAX_PLANNED_BYTES = 64 << 10
+MAX_PLANNED_BYTES = 8 << 10
 
 
 class SmallTensors:

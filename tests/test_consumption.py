@@ -139,6 +139,37 @@ def test_files_that_have_other_names_are_not_deleted(source: Path, kind: str) ->
     assert "leave out --consume-source" in message.lower() or "Remove the other names" in message
 
 
+class WatchedDisk(FullDisk):
+    """Knows how much more lay on it than before, at most: what was written, less what was deleted."""
+
+    def __init__(self, source: Path, free: int) -> None:
+        super().__init__(free)
+        self.source = source
+        self.held = self.most = 0
+
+    def open_write(self, path: Path) -> WriteFile:
+        return _Counted(path, super().open_write(path)._fd, self)
+
+    def create(self, path: Path, nbytes: int, *, reserve: bool = True) -> WriteFile:
+        return _Counted(path, super().create(path, nbytes, reserve=reserve)._fd, self)
+
+    def remove_file(self, path: Path) -> None:
+        if path.parent == self.source:
+            self.held -= path.stat().st_size
+        super().remove_file(path)
+
+
+class _Counted(WriteFile):
+    def __init__(self, path: Path, fd: int, disk: WatchedDisk) -> None:
+        super().__init__(path, fd)
+        self.disk = disk
+
+    def _pwrite(self, buffer: memoryview | bytes, offset: int) -> int:
+        self.disk.held += len(buffer)
+        self.disk.most = max(self.disk.most, self.disk.held)
+        return super()._pwrite(buffer, offset)
+
+
 class OtherDisk(Files):
     """The source lies on a disk of its own: deleting it frees nothing here."""
 
@@ -146,7 +177,11 @@ class OtherDisk(Files):
         return int(path.name == "many")
 
 
-def test_a_disk_too_small_for_both_is_enough(source: Path) -> None:
+def test_a_disk_too_small_for_both_is_enough(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeconv.consumption.LAG_BYTES", 20_000)
+    monkeypatch.setattr("moeconv.executor.LAG_BYTES", 20_000)
+    monkeypatch.setattr("moeconv.tasks.TASK_BYTES", 10_000)
+    monkeypatch.setattr("moeconv.consumption.MAX_PLANNED_BYTES", 500)  # else the tensors here are small ones
     target = source.parent / "target"
     tensors = experts_layout(layers=20, inner=64, hidden=96)
     config = {**CONFIG, "num_hidden_layers": 20, "moe_intermediate_size": 64, "hidden_size": 96}
@@ -158,8 +193,10 @@ def test_a_disk_too_small_for_both_is_enough(source: Path) -> None:
     with pytest.raises(OutputError, match="bytes\\) free"):
         execute(wanted, target, ["test"], files=FullDisk(needed - 1), consume_source=True)
     assert len(weights_of(many)) == 20
-    execute(wanted, target, ["test"], files=FullDisk(needed), consume_source=True)
+    disk = WatchedDisk(many, needed)
+    execute(wanted, target, ["test"], files=disk, consume_source=True)
     assert read_folder(target) == pack_by_hand(tensors)
+    assert disk.most <= needed
 
 
 # What it never does
