@@ -70,7 +70,7 @@ bench: $(INSTALLED_FOR_TESTS)
 	$(BIN)/python tests/bench/journal.py $(BENCH_DIR)
 	$(BIN)/python tests/bench/bitsandbytes.py $(BENCH_DIR)
 
-# Kills real runs at random moments, and lets every call to the file system fail once. Takes about half an hour.
+# Kills real runs at random moments, and lets every call to the file system fail once. Takes about twenty minutes.
 soak: $(INSTALLED_FOR_TESTS)
 	$(BIN)/python tests/soak/kills.py $(BENCH_DIR)
 	$(BIN)/python tests/soak/faults.py $(BENCH_DIR)

@@ -22,7 +22,7 @@ def main() -> None:
     notes.parent.mkdir(parents=True, exist_ok=True)
     notes.write_text("")
     environment = {**os.environ, "MOECONV_SOAK": str(notes.resolve())}
-    done = subprocess.run([sys.executable, "-m", "pytest", *TESTS], env=environment, check=False)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-n", "auto", *TESTS], env=environment, check=False)
     counts = Counter(notes.read_text().splitlines())
     print(", ".join(f"{count:,} {what}" for what, count in sorted(counts.items())) + " injected and survived")
     raise SystemExit(done.returncode)

@@ -164,8 +164,8 @@ def survive(what: str, source: Path, wanted: dict[str, str], target: Path, longe
 def main() -> None:
     """Undisturbed runs first, then rounds over all commands."""
     folder = Path(sys.argv[1])
-    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 3
-    layers = int(sys.argv[3]) if len(sys.argv) > 3 else 2
+    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 2
+    layers = int(sys.argv[3]) if len(sys.argv) > 3 else 1
     seed = int(sys.argv[4]) if len(sys.argv) > 4 else random.randrange(1 << 30)
     dice = random.Random(seed)
     source, packed, target = folder / "soak", folder / "soak-packed", folder / "soak-target"
