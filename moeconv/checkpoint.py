@@ -33,6 +33,8 @@ MANIFEST = "moeconv.json"
 JOURNAL = ".moeconv-journal"
 #: In an unfinished run with --consume-source: what planning needs of source files that are deleted.
 CONSUMED = ".moeconv-consumed"
+#: What follows the name of such a file in that of another, which holds the time of the file that it stands for.
+TIME_SUFFIX = ".mtime_ns"
 MAX_INDEX_BYTES = 200_000_000
 MAX_CONFIG_BYTES = 20_000_000
 
@@ -159,12 +161,16 @@ class _Opening:
     problems: list[Problem] = field(default_factory=list)
     stand_ins: dict[str, Path] = field(default_factory=dict)
 
+    def place(self, path: str) -> Path:
+        """Where a file of the folder lies, or what stands in for it."""
+        return self.stand_ins.get(path, self.root / path)
+
     def is_usable(self, entry: FileStat) -> bool:
         """Whether a file can be read and is no pointer of Git LFS; else a problem is noted."""
         if not len(_LFS_POINTER) <= entry.nbytes <= _MAX_POINTER_BYTES:
             return True
         try:
-            self._check_content(entry.path, self.files.read_bytes(self.root / entry.path, _MAX_POINTER_BYTES))
+            self._check_content(entry.path, self.files.read_bytes(self.place(entry.path), _MAX_POINTER_BYTES))
         except CheckpointError as error:
             self.problems += error.problems
             return False
@@ -244,8 +250,8 @@ def open_checkpoint(
             found[path] = entry
     if stand_ins is not None and opening.files.is_folder(stand_ins):
         for path, entry in opening.files.walk(stand_ins):
-            if entry is not None and path not in found:
-                found[path] = entry
+            if entry is not None and path not in found and not path.endswith(TIME_SUFFIX):
+                found[path] = entry._replace(mtime_ns=_time_of(opening, stand_ins / path, entry.mtime_ns))
                 opening.stand_ins[path] = stand_ins / path
     if JOURNAL in found and MANIFEST not in found:
         raise CheckpointError(
@@ -274,6 +280,13 @@ def open_checkpoint(
         root, tuple(weights), tensors, config, tuple(sidecars), tuple(left_out), manifest, index_metadata,
         opening.stand_ins,
     )  # fmt: skip
+
+
+def _time_of(opening: _Opening, stand_in: Path, own: int) -> int:
+    """The time of the file that is gone; that of its stand-in may have been lost where that was copied."""
+    path = stand_in.with_name(stand_in.name + TIME_SUFFIX)
+    content = opening.files.read_bytes(path, 100) if opening.files.exists(path) else b""
+    return int(content) if content.isdigit() else own
 
 
 def _check_readable(opening: _Opening, unreadable: list[str]) -> None:
@@ -360,7 +373,7 @@ def _read_headers(
         try:
             file, placed = _read_header(opening, found[name], len(weights))
         except HeaderError as error:
-            opening.problems.append(header_problem(str(opening.root / name), error))
+            opening.problems.append(header_problem(str(opening.place(name)), error))
             continue
         except CheckpointError as error:
             opening.problems += error.problems
@@ -381,7 +394,7 @@ def _read_headers(
 def _read_header(opening: _Opening, entry: FileStat, number: int) -> tuple[WeightFile, dict[str, StoredTensor]]:
     if entry.nbytes < 8:
         raise HeaderError(f"{entry.nbytes} bytes are no safetensors file")
-    file = opening.files.open_read(opening.stand_ins.get(entry.path, opening.root / entry.path))
+    file = opening.files.open_read(opening.place(entry.path))
     try:
         head = bytearray(8)
         file.read_into(memoryview(head), 0)
@@ -448,9 +461,9 @@ def _others(
     tops = [path.split("/", 1)[0] for path in unreadable]
     folders: dict[str, list[int]] = {top: [] for top in tops if top in _LEFT_OUT_FOLDERS}
     for path, entry in found.items():
-        if path in own or path in (MANIFEST, JOURNAL):
-            continue
         folder = path.split("/", 1)[0] if "/" in path else ""
+        if path in own or path in (MANIFEST, JOURNAL) or folder == CONSUMED:
+            continue
         why = ""
         if folder in _LEFT_OUT_FOLDERS:
             folders.setdefault(folder, []).append(entry.nbytes)

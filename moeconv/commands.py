@@ -94,7 +94,7 @@ def begin(source: Path, destination: Path, how: RunOptions) -> bool:
     from moeconv.files import Files
 
     check_destination(source, destination)
-    if not how.consume_source or not has_consumed(source, destination, sys.argv[1:], Files()):
+    if how.dry_run or not has_consumed(source, destination, sys.argv[1:], Files()):
         return True
     if how.as_json:
         print_json({"schema_version": 1, "destination": str(destination), "up_to_date": True})

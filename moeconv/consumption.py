@@ -5,8 +5,8 @@ and found to be what the source makes. Tasks then run in the order of the plan a
 that the run needs what `peak_disk` says, and no more.
 
 A run that dies has to be planned again, from headers that are deleted by then. So before a file goes, a stand-in with
-its name, size and time takes its place in `DST.partial/.moeconv-consumed`: a sparse file of its header and of tensors
-of at most `MAX_PLANNED_BYTES`, which is all that planning reads.
+its name and size takes its place in `DST.partial/.moeconv-consumed`: a sparse file of its header and of tensors of at
+most `MAX_PLANNED_BYTES`, which is all that planning reads. Its time stands in a file beside it, which copies keep.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from moeconv.checkpoint import CONSUMED, Checkpoint
+from moeconv.checkpoint import CONSUMED, TIME_SUFFIX, Checkpoint
 from moeconv.errors import CheckpointError, OutputError
 from moeconv.explain import Disk, stored_specs
 from moeconv.files import Files
@@ -129,14 +129,13 @@ class Consumption:
         now = self._files.stat(path)
         if (now.nbytes, now.mtime_ns) != (file.nbytes, file.mtime_ns):
             raise CheckpointError(
-                f"{path} changed while it was read", "It was not deleted. Let the source rest, then run with --restart."
+                f"{path} changed while it was read",
+                "It was not deleted. Restore it as it was, with its time, then run the same command again.",
             )
         stand_in = self._folder / file.path
         self._files.make_folder(stand_in.parent)
-        if self._files.exists(stand_in):
-            self._files.remove_file(stand_in)
         self._write_stand_in(number, path, stand_in)
-        self._files.copy_time(path, stand_in)
+        self._write(stand_in.with_name(stand_in.name + TIME_SUFFIX), str(file.mtime_ns).encode())
         self._files.sync_folder(stand_in.parent)
         self._files.sync_folder(self._folder.parent)
         self._consumed.add(number)
@@ -146,6 +145,8 @@ class Consumption:
     def _write_stand_in(self, number: int, path: Path, stand_in: Path) -> None:
         nbytes = self._source.files[number].nbytes
         reading = self._files.open_read(path)
+        if self._files.exists(stand_in):  # of a run that died before the file went
+            self._files.remove_file(stand_in)
         writing = self._files.create(stand_in, nbytes, reserve=False)
         try:
 
@@ -167,3 +168,13 @@ class Consumption:
         finally:
             reading.close()
             writing.close()
+
+    def _write(self, path: Path, content: bytes) -> None:
+        if self._files.exists(path):
+            self._files.remove_file(path)
+        file = self._files.create(path, len(content))
+        try:
+            file.write_at(content, 0)
+            file.sync()
+        finally:
+            file.close()

@@ -12,6 +12,10 @@ from moeconv.errors import CheckpointError, OutputError
 from moeconv.files import Files
 from moeconv.header import HeaderError
 
+#: Options without and with a value that change nothing of a result.
+_FLAGS = ("--consume-source", "--yes", "--json", "--no-fsync", "--restart", "--overwrite", "--hash")
+_VALUES = ("--jobs", "--max-memory", "--max-vram", "--device")
+
 
 def finished_manifest(destination: Path, files: Files) -> Mapping[str, Any] | None:
     """The manifest of a folder that moeconv made, or None for any other."""
@@ -33,17 +37,49 @@ def has_consumed(source: Path, destination: Path, command: Sequence[str], files:
         destination: the finished folder.
         command: the command line, without the program's name.
         files: door to the file system.
+
+    Raises:
+        OutputError: it did, and the destination is not what it made any more.
     """
     manifest = finished_manifest(destination, files)
-    if manifest is None or manifest.get("consumed_source") is not True or manifest.get("command") != list(command):
+    if manifest is None or manifest.get("consumed_source") is not True:
         return False
-    origin = manifest.get("source")
-    listed = origin.get("files") if isinstance(origin, dict) else None
-    paths = [file.get("path") for file in listed if isinstance(file, dict)] if isinstance(listed, list) else []
+    origin, before = manifest.get("source"), manifest.get("command")
+    if not isinstance(origin, dict) or not isinstance(before, list):
+        return False
+    paths = [file.get("path") for file in _listed(origin)]
     if not paths or any(not isinstance(path, str) or files.exists(source / path) for path in paths):
         return False
+    folders = {os.path.realpath(folder) for folder in (source, destination)}
+    if os.path.realpath(str(origin.get("path"))) != os.path.realpath(source):
+        return False
+    if _words(list(map(str, before)), folders) != _words(command, folders):
+        return False
+    for file in _listed(manifest):
+        path = destination / str(file.get("path"))
+        if not files.exists(path) or files.stat(path).nbytes != file.get("bytes"):
+            raise OutputError(
+                f"{path} is missing or was changed since moeconv made it, and the weights of {source} are consumed",
+                "Restore it from a copy: nothing else holds what was in it.",
+            )
     remove_notes(destination, files)
     return True
+
+
+def _listed(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    listed = content.get("files")
+    return [file for file in listed if isinstance(file, dict)] if isinstance(listed, list) else []
+
+
+def _words(command: Sequence[str], folders: set[str]) -> list[str]:
+    """Of a command line, what decides the result: without folders, and options that only say how to get there."""
+    found, words = [], iter(command)
+    for word in words:
+        if word in _VALUES:
+            next(words, None)
+        elif word not in _FLAGS and word.partition("=")[0] not in _VALUES and os.path.realpath(word) not in folders:
+            found.append(word)
+    return sorted(found)
 
 
 def remove_notes(folder: Path, files: Files) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from moeconv.checkpoint import WeightFile
+from moeconv.checkpoint import CONSUMED, TIME_SUFFIX, WeightFile
 from moeconv.consumption import LAG_BYTES, Consumption
 from moeconv.device import Device, make_device
 from moeconv.errors import CheckpointError, OutputError
@@ -100,8 +100,9 @@ def execute(
         devices = devices or [make_device(name) for name in plan.options.devices]
         run = _Run(plan, writer, files, tasks, devices, pool, progress, consumption)
         run.start()
+        consumed = consume_source or bool(plan.source.stand_ins)
         try:
-            manifest = build_manifest(plan, writer.origin, command, consume_source)  # while the threads work
+            manifest = build_manifest(plan, writer.origin, command, consumed)  # while the threads work
         finally:
             run.wait()
         _check_unchanged(plan, files, run.present_files())
@@ -135,7 +136,8 @@ def _check_there(plan: Plan, tasks: Sequence[Task]) -> None:
         raise OutputError(
             f"{plan.source.files[missing[0]].path} of {plan.source.root} was deleted by --consume-source, and the "
             "journal does not say that all that it held was written",
-            "The journal is damaged. Download that file again, then run the same command.",
+            "The journal is damaged. Restore that file in SRC with the time that it had (the number in "
+            f"{CONSUMED}/{plan.source.files[missing[0]].path}{TIME_SUFFIX}), then run the same command.",
         )
 
 
@@ -149,7 +151,7 @@ def _check_unchanged(plan: Plan, files: Files, numbers: Iterable[int]) -> None:
         if (now.nbytes, now.mtime_ns) != (file.nbytes, file.mtime_ns):
             raise CheckpointError(
                 f"{path} changed while it was read",
-                "Nothing was published. Let the source rest, then run again with --restart.",
+                "Nothing was published. Let the source rest, then run again; --restart begins anew.",
             )
 
 
@@ -209,8 +211,9 @@ class _Run:
 
     def present_files(self) -> list[int]:
         """Numbers of the source's weight files that are still there."""
-        numbers = range(len(self.plan.source.files))
-        return [number for number in numbers if not (self.consumption and self.consumption.has_consumed(number))]
+        source = self.plan.source
+        there = [number for number, file in enumerate(source.files) if file.path not in source.stand_ins]
+        return [number for number in there if not (self.consumption and self.consumption.has_consumed(number))]
 
     def start(self) -> None:
         """Set the threads to work. `wait` must follow."""

@@ -368,14 +368,6 @@ class Files:
         except OSError as error:
             _fail_writing(error, path)
 
-    def copy_time(self, source: Path, target: Path) -> None:
-        """Give a file the time of the last change of another."""
-        try:
-            found = os.stat(source)
-            os.utime(target, ns=(found.st_mtime_ns, found.st_mtime_ns))
-        except OSError as error:
-            _fail_writing(error, target)
-
     def copy_mode(self, source: Path, target: Path) -> None:
         """Give a file the permission bits of another, where the file system has such."""
         try:
@@ -393,8 +385,8 @@ class Files:
         except OSError as error:
             _fail_writing(error, target)
 
-    def sync_folder(self, path: Path) -> None:
-        """Wait until the names in a folder would survive a power loss."""
+    def sync_folder(self, path: Path, *, is_ours: bool = True) -> None:
+        """Wait until the names in a folder would survive a power loss; of one that is not ours, where we may."""
         try:
             fd = os.open(path, os.O_RDONLY)
             try:
@@ -402,6 +394,8 @@ class Files:
             finally:
                 os.close(fd)
         except OSError as error:
+            if not is_ours and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                return
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without folder syncing
                 _fail_writing(error, path)
 

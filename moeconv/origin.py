@@ -14,7 +14,7 @@ from typing import Any
 
 from moeconv import __version__
 from moeconv.errors import CheckpointError
-from moeconv.files import Files
+from moeconv.files import Files, FileStat
 from moeconv.plan import Plan
 
 #: A snapshot in the cache of huggingface_hub: `models--ORG--NAME/snapshots/REVISION`.
@@ -22,6 +22,7 @@ _SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/([0-9a-f]{40})$")
 #: What huggingface_hub notes of each file that it downloads into a folder: revision, etag and time, a line each.
 _DOWNLOAD_NOTE = Path(".cache", "huggingface", "download", "config.json.metadata")
 _MAX_NOTE_BYTES = 4096
+_MAX_OTHER_BYTES = 64 << 20
 _SHOWN = 3
 
 
@@ -32,8 +33,8 @@ def origin_of(plan: Plan, files: Files | None = None) -> dict[str, Any]:
         plan: what is to be done.
         files: door to the file system.
     """
-    source, options = plan.source, plan.options
-    hub_id, revision = _hub_id(source.root, files or Files())
+    source, options, files = plan.source, plan.options, files or Files()
+    hub_id, revision = _hub_id(source.root, files)
     return {
         "tool": {"name": "moeconv", "version": __version__},
         "layout": plan.layout,
@@ -53,10 +54,17 @@ def origin_of(plan: Plan, files: Files | None = None) -> dict[str, Any]:
                 {"path": f.path, "bytes": f.nbytes, "mtime_ns": f.mtime_ns, "header_sha256": f.header_sha256}
                 for f in source.files
             ],
-            "others": [{"path": f.path, "bytes": f.nbytes, "mtime_ns": f.mtime_ns} for f in source.sidecars],
+            "others": [_other(source.root, file, files) for file in source.sidecars],
             "left_out": [{"path": f.path, "bytes": f.nbytes, "why": f.why} for f in source.left_out],
         },
     }
+
+
+def _other(root: Path, file: FileStat, files: Files) -> dict[str, Any]:
+    """A file beside the weights: its content, where that is quickly read, and not its time."""
+    if file.nbytes > _MAX_OTHER_BYTES:
+        return {"path": file.path, "bytes": file.nbytes, "mtime_ns": file.mtime_ns}
+    return {"path": file.path, "bytes": file.nbytes, "sha256": files.sha256(root / file.path)}
 
 
 def fingerprint_of(origin: Mapping[str, Any]) -> str:
@@ -133,7 +141,9 @@ def _file_differences(before: Any, now: list[dict[str, Any]]) -> Iterator[str]:
         if old is None:
             lines.append(f"{file['path']} is new in the source")
         elif old != file:
-            words = {"bytes": "size", "header_sha256": "header", "mtime_ns": "time of its last change"}
+            words = {
+                "bytes": "size", "header_sha256": "header", "sha256": "content", "mtime_ns": "time of its last change"
+            }  # fmt: skip
             changed = [words[key] for key in words if old.get(key) != file.get(key)]
             lines.append(f"{file['path']} changed in the source ({', '.join(changed)})")
     lines += [f"{path} is gone from the source" for path in then]

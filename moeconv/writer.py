@@ -12,10 +12,10 @@ journal of the same plan goes on where that one stopped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from moeconv.checkpoint import CONSUMED, JOURNAL, MANIFEST
+from moeconv.checkpoint import CONSUMED, JOURNAL, MANIFEST, TIME_SUFFIX
 from moeconv.consumption import check_consumable, peak_disk
 from moeconv.destination import (
     check_destination,
@@ -153,6 +153,12 @@ class Writer:
             OutputError: no space, another run at work, the rest of another plan, or a name that is taken.
         """
         self._check_replaced()
+        if self.plan.source.stand_ins and not self.fsync:
+            raise OutputError(
+                f"{self.partial} holds the only copy of what files of {self.plan.source.root} held, which "
+                "--consume-source has deleted, and --no-fsync could lose it",
+                "Leave out --no-fsync.",
+            )
         done: Mapping[str, Done] = {}
         if self.files.exists(self.partial):
             done = self._take_over()
@@ -166,6 +172,9 @@ class Writer:
             self._check_space(disk_of(self.plan, self.destination, self.files))
         if self._journal is None:
             self._create()
+        elif self.fsync:  # the run that began it may not have waited for the disk, or its folder was copied since
+            self._sync_everything()
+            self._sync_names(self.partial.parents if self.consumes else ())
         return done
 
     def _discard(self, folder: Path, last: str) -> None:
@@ -192,11 +201,19 @@ class Writer:
             file = self.files.create(self.partial / target.path, target.nbytes, reserve=not self.consumes)
             try:
                 file.write_at(target.head, 0)
+                if self.fsync:  # a head that is lost costs all that is done of the other files
+                    file.sync()
             finally:
                 file.close()
-        # The names have to last as well: a journal speaks of files that a power loss must not take.
-        for folder in (self.partial, *(folder.parent for folder in (self.partial, *new))) if self.fsync else ():
+        self._sync_names(self.partial.parents if self.consumes else new)
+
+    def _sync_names(self, made: Iterable[Path]) -> None:
+        """Names have to last as well: a journal speaks of files, and of folders, that a power loss must not take."""
+        for folder in (self.partial, self.partial.parent) if self.fsync else ():
             self.files.sync_folder(folder)
+        for folder in made if self.fsync else ():
+            if folder.parent != folder:
+                self.files.sync_folder(folder.parent, is_ours=False)
 
     def _locked(self, file: WriteFile) -> Journal:
         if not file.lock():
@@ -223,7 +240,9 @@ class Writer:
             self.close()
             raise OutputError(
                 f"{self.partial} is an unfinished run of another plan: {differences(past.origin, self.origin)}",
-                "Finish that one with its own command, or begin anew with --restart, which discards it.",
+                "Restore what differs, and finish that one with its own command: its source was consumed."
+                if self._consumed()
+                else "Finish that one with its own command, or begin anew with --restart, which discards it.",
             )
         is_usable = (
             past.done
@@ -238,15 +257,28 @@ class Writer:
         self.close()
         return {}
 
+    def _consumed(self) -> list[str]:
+        """Weight files of the source that are gone, of which this folder holds the only copy."""
+        found = []
+        for path, entry in (
+            self.files.walk(self.partial / CONSUMED) if self.files.exists(self.partial / CONSUMED) else ()
+        ):
+            there = self.plan.source.root / path
+            if entry is None or path.endswith(TIME_SUFFIX):
+                continue
+            if not self.files.exists(there) or self.files.stat(there).nbytes != entry.nbytes:
+                found.append(path)
+        return found
+
     def _check_replaceable(self) -> None:
         """Refuse to discard a folder that holds the only copy of weights."""
-        consumed = [path for path, _ in self.files.walk(self.partial) if path.startswith(f"{CONSUMED}/")]
+        consumed = self._consumed()
         if consumed:
             self.close()
             raise OutputError(
                 f"{self.partial} holds the only copy of what {len(consumed)} files of {self.plan.source.root} held, "
                 "which --consume-source has deleted",
-                "Go on with the command that began it. To give the weights up, remove the folder yourself.",
+                "Go on with the command that began it. Or restore those files in the source, and use --restart.",
             )
 
     def _is_intact(self, target: TargetFile, folder: Path) -> bool:

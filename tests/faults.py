@@ -94,9 +94,9 @@ class CountingFiles(Files):
         self._worded("rename", target)
         super().rename(source, target)
 
-    def sync_folder(self, path: Path) -> None:
+    def sync_folder(self, path: Path, *, is_ours: bool = True) -> None:
         self._worded("sync_folder", path)
-        super().sync_folder(path)
+        super().sync_folder(path, is_ours=is_ours)
 
     def remove_file(self, path: Path) -> None:
         self._worded("remove", path)
@@ -195,8 +195,8 @@ class PowerLossFiles(DyingFiles):
         self.names = [name.moved(source, target) for name in self.names]
         self.names.append(_Name(target, renamed=source))
 
-    def sync_folder(self, path: Path) -> None:
-        super().sync_folder(path)
+    def sync_folder(self, path: Path, *, is_ours: bool = True) -> None:
+        super().sync_folder(path, is_ours=is_ours)
         self.names = [name for name in self.names if name.path.parent != path]
 
     def lose(self) -> None:

@@ -68,8 +68,21 @@ def test_the_same_command_once_more_is_up_to_date(source: Path) -> None:
     command = ("pack", source, source.parent / "target", "--consume-source", "--yes")
     succeeds(*command)
     assert "already up to date" in succeeds(*command).out
-    message = refused("pack", source, source.parent / "target", within=source.parent)
+    assert json.loads(succeeds(*command, "--json").out)["up_to_date"]
+    (source.parent / "link").symlink_to(source)
+    others = ("pack", source.parent / "link", f"{source.parent}/target/", "--jobs", "1")
+    assert "already up to date" in succeeds(*others).out
+    message = refused("pack", source, source.parent / "target", "--max-shard-size", "1kB", within=source.parent)
     assert f"{source}/model-00001-of-00005.safetensors is missing" in message
+
+
+@pytest.mark.parametrize("damage", ["shorter", "gone"])
+def test_a_damaged_result_of_a_consumed_source_is_not_up_to_date(source: Path, damage: str) -> None:
+    command = ("pack", source, source.parent / "target", "--consume-source", "--yes")
+    succeeds(*command)
+    path = source.parent / "target" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1]) if damage == "shorter" else path.unlink()
+    assert f"{path} is missing or was changed" in refused(*command, within=source.parent)
 
 
 def test_a_plan_of_it_deletes_nothing(source: Path) -> None:
@@ -273,7 +286,8 @@ def test_a_source_file_that_changed_is_not_deleted(source: Path) -> None:
 
 
 @pytest.mark.parametrize("loss", ["death", "power", "power, names survive"])
-def test_a_run_that_dies_anywhere_loses_nothing(source: Path, loss: str) -> None:
+def test_a_run_that_dies_anywhere_loses_nothing(source: Path, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeconv.executor.JOURNAL_SECONDS", 0.0)
     fresh = source.rename(source.parent / "fresh")
     resumed = deaths = 0
     for number in range(1, 2000, 1 if SOAK else 17):
@@ -299,6 +313,47 @@ def test_a_run_that_dies_anywhere_loses_nothing(source: Path, loss: str) -> None
         shutil.rmtree(target)
     assert deaths > (100 if SOAK else 10)
     assert resumed
+
+
+@pytest.mark.parametrize("keeps_names", [True, False])
+def test_a_run_that_did_not_wait_for_the_disk_can_be_followed_by_one_that_consumes(
+    source: Path, keeps_names: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that the first one wrote or named is sure to be there, until the second one has seen to it."""
+    monkeypatch.setattr("moeconv.executor.JOURNAL_SECONDS", 0.0)
+    fresh = source.rename(source.parent / "fresh")
+    first, deaths = 50, 0
+    for number in range(1, 400, 1 if SOAK else 9):
+        target = source.parent / f"deep{number}" / "target"
+        shutil.copytree(fresh, source)
+        files = PowerLossFiles(first, keeps_names=keeps_names)
+        with pytest.raises(Killed):
+            execute(make_plan(source, target), target, ["test"], files=files, fsync=False)
+        files.left = number
+        try:
+            consume(source, target, files)
+        except Killed:
+            deaths += 1
+        else:
+            break
+        files.lose()
+        if not target.exists():
+            consume(source, target)
+        assert read_folder(target) == pack_by_hand(experts_layout()), number
+        shutil.rmtree(source)
+    assert deaths > 5
+
+
+def test_small_weight_files_are_consumed_and_planned_again(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeconv.executor.JOURNAL_SECONDS", 0.0)
+    small = write_folder(source.parent / "small", experts_layout(), CONFIG, 15)
+    assert min(path.stat().st_size for path in small.glob("*.safetensors")) < 1024
+    target = source.parent / "target"
+    with pytest.raises(OutputError):
+        consume(small, target, FailingFiles("remove", 8))
+    assert 0 < len(weights_of(small)) < 15
+    consume(small, target)
+    assert read_folder(target) == pack_by_hand(experts_layout())
 
 
 def test_what_planning_reads_of_tensors_outlives_them(tmp_path: Path, source: Path) -> None:
@@ -338,9 +393,12 @@ def test_what_planning_reads_of_tensors_outlives_them(tmp_path: Path, source: Pa
 
 
 def halfway(source: Path, target: Path) -> None:
-    with pytest.raises(OutputError):
-        consume(source, target, FailingFiles("write", 30))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moeconv.executor.JOURNAL_SECONDS", 0.0)
+        with pytest.raises(OutputError):
+            consume(source, target, FailingFiles("remove", 3))
     assert weights_of(partial_of(target) / CONSUMED)
+    assert weights_of(source)
 
 
 def test_a_plain_run_goes_on_where_a_consuming_one_stopped(source: Path) -> None:
@@ -350,6 +408,37 @@ def test_a_plain_run_goes_on_where_a_consuming_one_stopped(source: Path) -> None
     succeeds("pack", source, target, "--max-shard-size", "1500")
     assert read_folder(target) == pack_by_hand(experts_layout())
     assert weights_of(source) == left
+
+
+def test_a_run_that_has_consumed_is_not_finished_without_waiting_for_the_disk(source: Path) -> None:
+    target = source.parent / "target"
+    halfway(source, target)
+    command = ("pack", source, target, "--max-shard-size", "1500", "--no-fsync")
+    assert "--no-fsync could lose it" in refused(*command, within=source.parent)
+
+
+def test_an_unfinished_run_that_was_copied_goes_on(source: Path) -> None:
+    """With other times of its files, and beside a tokenizer that was written again."""
+    target, moved = source.parent / "target", source.parent / "moved"
+    halfway(source, target)
+    for path in partial_of(target).rglob("*"):
+        os.utime(path, ns=(3, 3))
+    os.utime(source / "tokenizer.json", ns=(5, 5))
+    partial_of(target).rename(partial_of(moved))
+    consume(source, moved)
+    assert read_folder(moved) == pack_by_hand(experts_layout())
+
+
+def test_with_all_of_the_source_back_a_run_can_begin_anew(source: Path) -> None:
+    target = source.parent / "target"
+    kept = shutil.copytree(source, source.parent / "kept")
+    halfway(source, target)
+    for path in kept.glob("*.safetensors"):
+        shutil.copyfile(path, source / path.name)
+    command = ("pack", source, target, "--max-shard-size", "1500")
+    assert "changed in the source (time of its last change)" in refused(*command, within=source.parent)
+    succeeds(*command, "--restart")
+    assert read_folder(target) == pack_by_hand(experts_layout())
 
 
 @pytest.mark.parametrize("options", [["--restart"], ["--overwrite", "--max-shard-size", "2000"]])

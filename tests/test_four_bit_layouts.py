@@ -202,7 +202,7 @@ REFUSED = {
     ),
     "another table": (
         lambda: {**one_by_one(double=True), f"{DOWN}.nested_quant_map": torch.zeros(256)},
-        f"{DOWN}: its nested_quant_map is not the one of bitsandbytes",
+        f"{DOWN}: its nested_quant_map is not that of bitsandbytes",
         "full precision",
     ),
 }
