@@ -207,7 +207,7 @@ def disk_of(plan: Plan, destination: Path, files: Files | None = None) -> Disk:
     return Disk(plan.output_nbytes, (files or Files()).free_bytes(destination))
 
 
-def plan_json(plan: Plan, disk: Disk) -> dict[str, Any]:
+def plan_json(plan: Plan, disk: Disk, files: Files | None = None) -> dict[str, Any]:
     """The plan as JSON; keys are only ever added while `schema_version` stays."""
     memory = plan.memory
     return {
@@ -216,7 +216,7 @@ def plan_json(plan: Plan, disk: Disk) -> dict[str, Any]:
         "model_type": plan.source.config.get("model_type"),
         "recipe": plan.recipe.name,
         "layout": plan.layout,
-        "fingerprint": fingerprint_of(origin_of(plan)),
+        "fingerprint": fingerprint_of(origin_of(plan, files)),
         "groups": [
             {
                 "what": group.what, "why": group.why, "from": list(group.sources), "to": list(group.targets),

@@ -84,8 +84,12 @@ def _plain_head() -> bytes:
     return build_header([tensor.spec for tensor in specs], {})[0] + bytes(sum(t.spec.nbytes for t in specs))
 
 
+def folder_of(config: bytes, weights: bytes) -> MemoryFiles:
+    return MemoryFiles({"config.json": config, "model.safetensors": weights})
+
+
 def open_folder(config: bytes, weights: bytes) -> Checkpoint:
-    return open_checkpoint(ROOT, MemoryFiles({"config.json": config, "model.safetensors": weights}))
+    return open_checkpoint(ROOT, folder_of(config, weights))
 
 
 def one_input(data: bytes) -> None:
@@ -96,10 +100,10 @@ def one_input(data: bytes) -> None:
         except CheckpointError:
             return
         with _recipes_read_once():
-            _look(source)
+            _look(source, folder_of(data, weights))
 
 
-def _look(source: Checkpoint) -> None:
+def _look(source: Checkpoint, files: MemoryFiles) -> None:
     known = {model_type for recipe in load_shipped() for model_type in recipe.model_types}
     is_known = not known.isdisjoint(model_types(source.config))
     try:
@@ -124,6 +128,6 @@ def _look(source: Checkpoint) -> None:
             assert_worded(error)
             continue
         plan_text(made, _DISK)
-        json.dumps(plan_json(made, _DISK))
+        json.dumps(plan_json(made, _DISK, files))
         for path, content in made.contents.items():
             assert path != "config.json" or isinstance(json.loads(content), dict)

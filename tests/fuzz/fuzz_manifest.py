@@ -33,9 +33,10 @@ def _contents() -> dict[str, bytes]:
 
 
 def seeds() -> Iterator[bytes]:
-    source = open_checkpoint(ROOT, MemoryFiles(_contents()))
+    files = MemoryFiles(_contents())
+    source = open_checkpoint(ROOT, files)
     wanted = plan(source, select_recipe(source), "packed", Options())
-    made = json.loads(manifest_bytes(build_manifest(wanted, origin_of(wanted), ["pack"]), wanted))
+    made = json.loads(manifest_bytes(build_manifest(wanted, origin_of(wanted, files), ["pack"]), wanted))
     made["recipe"]["text"] = "\n".join(line for line in made["recipe"]["text"].split("\n") if len(line) < 200)
     scheme: dict[str, Any] = {
         "format": "fp8_dynamic", "options": {}, "rules": "", "ignore": ["lm_head"], "only": [], "dtype": None,
