@@ -135,7 +135,8 @@ class Consumption:
         stand_in = self._folder / file.path
         self._files.make_folder(stand_in.parent)
         self._write_stand_in(number, path, stand_in)
-        self._write(stand_in.with_name(stand_in.name + TIME_SUFFIX), str(file.mtime_ns).encode())
+        time = stand_in.with_name(stand_in.name + TIME_SUFFIX)
+        self._files.write_whole(time, str(file.mtime_ns).encode(), sync=True)
         self._files.sync_folder(stand_in.parent)
         self._files.sync_folder(self._folder.parent)
         self._consumed.add(number)
@@ -168,13 +169,3 @@ class Consumption:
         finally:
             reading.close()
             writing.close()
-
-    def _write(self, path: Path, content: bytes) -> None:
-        if self._files.exists(path):
-            self._files.remove_file(path)
-        file = self._files.create(path, len(content))
-        try:
-            file.write_at(content, 0)
-            file.sync()
-        finally:
-            file.close()

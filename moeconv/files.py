@@ -359,6 +359,18 @@ class Files:
                     raise
         os.ftruncate(fd, nbytes)  # macOS, and file systems that cannot reserve
 
+    def write_whole(self, path: Path, content: bytes, *, sync: bool = False) -> None:
+        """Make a small file, in place of one of that name."""
+        if self.exists(path):
+            self.remove_file(path)
+        file = self.create(path, len(content))
+        try:
+            file.write_at(content, 0)
+            if sync:
+                file.sync()
+        finally:
+            file.close()
+
     def open_write(self, path: Path) -> WriteFile:
         """Open an existing file for writing; never through a link."""
         try:

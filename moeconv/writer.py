@@ -322,10 +322,10 @@ class Writer:
         for entry in self.plan.copied_files:
             self._copy_file(source.root / entry.path, self.partial / entry.path, entry.nbytes)
         for path, content in self.plan.contents.items():
-            self._write_file(self.partial / path, content)
+            self.files.write_whole(self.partial / path, content)
         index = index_path(self.plan)
         if index:
-            self._write_file(self.partial / index, self.plan.index)
+            self.files.write_whole(self.partial / index, self.plan.index)
 
     def paths(self) -> list[str]:
         """Of all files of the result but the manifest."""
@@ -336,7 +336,7 @@ class Writer:
     def finish(self, manifest: bytes) -> None:
         """Write the manifest, make everything durable, and give the folder its name."""
         source = self.plan.source
-        self._write_file(self.partial / MANIFEST, manifest)
+        self.files.write_whole(self.partial / MANIFEST, manifest)
         if self.fsync:
             self._sync_everything()
         for entry in source.sidecars:  # only now: a file that may not be written could not be opened to be synced
@@ -386,15 +386,6 @@ class Writer:
         finally:
             reading.close()
             writing.close()
-
-    def _write_file(self, target: Path, content: bytes) -> None:
-        if self.files.exists(target):
-            self.files.remove_file(target)
-        file = self.files.create(target, len(content))
-        try:
-            file.write_at(content, 0)
-        finally:
-            file.close()
 
     def close(self) -> None:
         """Give up the lock; `DST.partial` stays as it is."""
